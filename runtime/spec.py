@@ -1,0 +1,275 @@
+"""The manifest of a model folder, ``qingyu.json``: every fact about a model that the code needs, as data.
+
+Not here: reading checkpoints (``qingyu.models``) and opening graphs (``qingyu.runtime.engine``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from qingyu.errors import CorruptFileError, ManifestError, ModelNotFoundError
+
+__all__ = ["MANIFEST", "Architecture", "FileRecord", "ModelSpec", "Source", "read_spec", "sha256_of"]
+
+MANIFEST = "qingyu.json"
+FORMAT = 1
+MANIFEST_LIMIT = 4 << 20  # a manifest is a few kilobytes; anything near this is not one
+
+Pooling = Literal["cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last"]
+Precision = Literal["fp32", "int8"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the encoder, as the checkpoint's config.json states them."""
+
+    model_type: str
+    layers: int
+    hidden_size: int
+    heads: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    activation: str
+    layer_norm_eps: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from; ``None`` where the checkpoint does not say."""
+
+    repository: str | None = None
+    revision: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (64 lower-case hexadecimal digits) of one file of the model folder."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model folder, described.
+
+    ``max_tokens`` counts the special tokens. ``lowercase`` is informative: the front end is whole in
+    tokenizer.json. ``prompts`` maps a prompt name to the text put before each input. ``inputs`` and
+    ``outputs`` are the graph's own names, the outputs among ``token_states`` (rows, tokens, hidden),
+    ``pooled`` (rows, dim) and ``hidden_state_0`` ... ``hidden_state_<layers>`` (rows, tokens, hidden).
+    ``files`` names every file that may be read. ``certificate`` is INT8 measured against FP32, as JSON.
+    """
+
+    name: str
+    task: Literal["embedding"]
+    architecture: Architecture
+    dim: int
+    max_tokens: int
+    pooling: Pooling
+    normalize: bool
+    lowercase: bool
+    graph: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    precision: Precision
+    recipe: str | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    source: Source = field(default_factory=Source)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    certificate: Mapping[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """The manifest as JSON text, ending in a newline; ``from_json`` reads it back unchanged."""
+        document = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, origin: str = MANIFEST) -> ModelSpec:
+        """A spec from manifest text; ``ManifestError`` names the field that is wrong, and ``origin``."""
+        document = _parse(text, origin)
+        version = document.pop("format", None)
+        if version != FORMAT:
+            _refuse(origin, "format", f"{FORMAT}", repr(version), "Use the qingyu version that wrote it.")
+        spec = _decode(cls, document, origin, "")
+        assert isinstance(spec, cls)
+        _check(spec, origin)
+        return spec
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """The manifest of a model folder, or a typed error saying what is there instead."""
+    path = folder / MANIFEST
+    remedy = "Make one with `qingyu export CHECKPOINT FOLDER`."
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing there"
+        raise ModelNotFoundError(f"no model at {folder}", expected="a model folder", found=found, remedy=remedy)
+    if not path.is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder"
+        raise ModelNotFoundError(f"no model in {folder}", expected=MANIFEST, found=found, remedy=remedy)
+    if path.stat().st_size > MANIFEST_LIMIT:
+        raise ManifestError(
+            f"{path} is too large",
+            expected=f"at most {MANIFEST_LIMIT} bytes",
+            found=f"{path.stat().st_size} bytes",
+            remedy="Export the model again.",
+        )
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"{path} is not text", expected="UTF-8", found=str(error), remedy="Export the model again."
+        ) from None
+    return ModelSpec.from_json(text, origin=str(path))
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in lower-case hexadecimal, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_file(folder: Path, name: str, record: FileRecord) -> None:
+    """Raise ``CorruptFileError`` unless the file has the size and hash that the manifest gives."""
+    path = folder / name
+    remedy = "The file is damaged or was replaced: export, quantize or copy the model again."
+    size = path.stat().st_size if path.is_file() else None
+    if size != record.bytes:
+        found = "no such file" if size is None else f"{size} bytes"
+        raise CorruptFileError(f"{path} is damaged", expected=f"{record.bytes} bytes", found=found, remedy=remedy)
+    digest = sha256_of(path)
+    if digest != record.sha256:
+        raise CorruptFileError(
+            f"{path} is damaged", expected=f"sha256 {record.sha256}", found=f"sha256 {digest}", remedy=remedy
+        )
+
+
+def _refuse(origin: str, where: str, expected: str, found: str, remedy: str) -> NoReturn:
+    raise ManifestError(f"{origin}: field {where!r}", expected=expected, found=found, remedy=remedy)
+
+
+def _parse(text: str, origin: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        document = dict(pairs)
+        if len(document) != len(pairs):
+            raise ValueError("a key that occurs twice")
+        return document
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"the number {name}")
+
+    try:
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        found = str(error) or type(error).__name__
+        raise ManifestError(
+            f"{origin} is not a manifest", expected="JSON", found=found, remedy="Export the model again."
+        ) from None
+    if not isinstance(document, dict):
+        raise ManifestError(
+            f"{origin} is not a manifest",
+            expected="a JSON object",
+            found=type(document).__name__,
+            remedy="Export the model again.",
+        )
+    return document
+
+
+def _decode(kind: Any, value: Any, origin: str, where: str) -> Any:  # noqa: ANN401 - JSON in, any field type out
+    """``value`` as the annotated type ``kind``: dataclasses, tuples, mappings, literals, unions and scalars."""
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, origin, where)
+    shape, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if shape is types.UnionType:
+        inner = next(option for option in arguments if option is not types.NoneType)
+        return None if value is None else _decode(inner, value, origin, where)
+    if shape is Literal:
+        return _expect(value in arguments, value, f"one of {', '.join(map(repr, arguments))}", origin, where)
+    if shape is tuple:
+        _expect(isinstance(value, list), value, "a list", origin, where)
+        return tuple(_decode(arguments[0], item, origin, f"{where}[{n}]") for n, item in enumerate(value))
+    if shape is Mapping:
+        _expect(isinstance(value, dict), value, "an object", origin, where)
+        return {key: _decode(arguments[1], item, origin, f"{where}.{key}") for key, item in value.items()}
+    if kind is Any:
+        return value
+    accepted = (int, float) if kind is float else kind
+    matches = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    return _expect(matches, value, f"a {kind.__name__}", origin, where)
+
+
+def _decode_dataclass(kind: Any, value: Any, origin: str, where: str) -> Any:  # noqa: ANN401
+    _expect(isinstance(value, dict), value, "an object", origin, where or "(the whole file)")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for name in value.keys() - fields.keys():
+        _refuse(origin, prefix + name, "a field of this format", "an unknown field", "Remove it or update qingyu.")
+    missing = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in value
+    ]
+    if missing:
+        _refuse(origin, prefix + missing[0], "a value", "nothing", "Export the model again.")
+    return kind(**{name: _decode(hints[name], item, origin, prefix + name) for name, item in value.items()})
+
+
+def _expect(holds: bool, value: Any, expected: str, origin: str, where: str) -> Any:  # noqa: ANN401
+    if not holds:
+        shown = repr(value)
+        _refuse(origin, where, expected, shown if len(shown) <= 80 else shown[:77] + "...", "Export the model again.")
+    return value
+
+
+_LIMITS: Mapping[str, tuple[int, int]] = {
+    # Far above any BERT that exists; below what would make an allocation or a loop absurd.
+    "dim": (1, 1 << 16),
+    "max_tokens": (3, 1 << 20),
+    "architecture.layers": (1, 1000),
+    "architecture.hidden_size": (1, 1 << 16),
+    "architecture.heads": (1, 1 << 10),
+    "architecture.intermediate_size": (1, 1 << 20),
+    "architecture.vocab_size": (1, 1 << 24),
+    "architecture.max_positions": (3, 1 << 20),
+}
+
+
+def _check(spec: ModelSpec, origin: str) -> None:
+    for where, (least, most) in _LIMITS.items():
+        value = spec
+        for part in where.split("."):
+            value = getattr(value, part)
+        assert isinstance(value, int)
+        _expect(least <= value <= most, value, f"a number from {least} to {most}", origin, where)
+    sizes = spec.architecture
+    _expect(sizes.hidden_size % sizes.heads == 0, sizes.heads, f"a divisor of {sizes.hidden_size}", origin, "heads")
+    _expect(spec.max_tokens <= sizes.max_positions, spec.max_tokens, "at most max_positions", origin, "max_tokens")
+    eps = sizes.layer_norm_eps
+    _expect(math.isfinite(eps) and 0 < eps < 1, eps, "between 0 and 1", origin, "architecture.layer_norm_eps")
+    for name, record in spec.files.items():
+        # A manifest may come from anywhere: it must not be able to name a file outside its folder.
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
+        _expect(plain, name, "a plain file name", origin, "files")
+        _expect(record.bytes >= 0, record.bytes, "a size in bytes", origin, f"files.{name}.bytes")
+        hexadecimal = re.fullmatch(r"[0-9a-f]{64}", record.sha256) is not None
+        _expect(hexadecimal, record.sha256, "64 hexadecimal digits", origin, f"files.{name}.sha256")
+    for name in (spec.graph, "tokenizer.json"):
+        _expect(name in spec.files, sorted(spec.files), f"a record of {name}", origin, "files")
+    if spec.default_prompt is not None:
+        _expect(spec.default_prompt in spec.prompts, spec.default_prompt, "a name in prompts", origin, "default_prompt")

@@ -1,0 +1,167 @@
+"""Every error that qingyu raises on purpose, one class per who must act.
+
+    QingyuError
+    ├── InputError             the caller: what was passed in this call
+    │   ├── InvalidTextError       not a str, or not valid Unicode
+    │   ├── TextTooLongError       longer than the model reads, with ``long_text="error"``
+    │   ├── InvalidOptionError     an option out of its range
+    │   └── DataFileError          a text file that cannot be read as asked
+    ├── OperatorError          whoever runs the program: the machine, the installation, the paths
+    │   ├── MissingExtraError      an optional dependency is not installed
+    │   ├── ModelNotFoundError     no model folder where one was named
+    │   ├── MemoryBudgetError      a memory budget too small for the model
+    │   ├── OutputError            a result cannot be written
+    │   └── ClosedError            used after ``close()``
+    ├── ModelError             whoever made the model folder or the checkpoint
+    │   ├── ManifestError          qingyu.json is not a valid manifest
+    │   ├── CorruptFileError       a file does not have the hash that the manifest gives
+    │   ├── GraphError             the graph cannot be run, or is not what the manifest says
+    │   ├── TokenizerError         tokenizer.json cannot be used
+    │   ├── CheckpointError        a checkpoint folder is incomplete or inconsistent
+    │   └── UnsupportedModelError  a sound model of a kind that this version does not handle
+    └── FidelityError          a quantized model is further from FP32 than was allowed
+
+A message always says what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ClosedError",
+    "CorruptFileError",
+    "DataFileError",
+    "FidelityError",
+    "GraphError",
+    "InputError",
+    "InvalidOptionError",
+    "InvalidTextError",
+    "ManifestError",
+    "MemoryBudgetError",
+    "MissingExtraError",
+    "ModelError",
+    "ModelNotFoundError",
+    "OperatorError",
+    "OutputError",
+    "QingyuError",
+    "TextTooLongError",
+    "TokenizerError",
+    "TruncationWarning",
+    "UnknownTokenWarning",
+    "UnsupportedModelError",
+]
+
+
+class QingyuError(Exception):
+    """Base of all errors below; ``str(error)`` is one line: problem, expected, found, remedy."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, expected: str, found: str, remedy: str) -> None:
+        super().__init__(problem, expected, found, remedy)
+        self.problem = problem
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}: expected {self.expected}, found {self.found}. {self.remedy}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.problem, self.expected, self.found, self.remedy)
+
+
+def _rebuild(kind: type[QingyuError], problem: str, expected: str, found: str, remedy: str) -> QingyuError:
+    return kind(problem, expected=expected, found=found, remedy=remedy)
+
+
+class InputError(QingyuError):
+    """The caller must change what was passed."""
+
+    exit_code = 3
+
+
+class InvalidTextError(InputError):
+    """A text is not a ``str``, or holds a lone surrogate and so is not Unicode text."""
+
+
+class TextTooLongError(InputError):
+    """A text is longer than the model reads and ``long_text="error"`` was asked for."""
+
+
+class InvalidOptionError(InputError):
+    """An option is out of its range or contradicts the model."""
+
+
+class DataFileError(InputError):
+    """A file of texts is missing, not UTF-8, or lacks the named field."""
+
+
+class OperatorError(QingyuError):
+    """Whoever runs the program must change the machine, the installation or a path."""
+
+    exit_code = 5
+
+
+class MissingExtraError(OperatorError):
+    """An optional dependency is not installed; the message holds the pip command."""
+
+
+class ModelNotFoundError(OperatorError):
+    """There is no model folder where one was named."""
+
+
+class MemoryBudgetError(OperatorError):
+    """A memory budget does not hold the model and one row of its longest text."""
+
+
+class OutputError(OperatorError):
+    """A result cannot be written; nothing was left half-written."""
+
+
+class ClosedError(OperatorError):
+    """The object was used after ``close()``."""
+
+
+class ModelError(QingyuError):
+    """Whoever made the model folder or the checkpoint must repair it."""
+
+    exit_code = 4
+
+
+class ManifestError(ModelError):
+    """``qingyu.json`` is not a valid manifest."""
+
+
+class CorruptFileError(ModelError):
+    """A file of the model folder is missing or does not have the hash in the manifest."""
+
+
+class GraphError(ModelError):
+    """The graph cannot be loaded or run, or is not what the manifest says."""
+
+
+class TokenizerError(ModelError):
+    """``tokenizer.json`` cannot be used."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint folder is incomplete, damaged or inconsistent."""
+
+
+class UnsupportedModelError(ModelError):
+    """A sound model of a kind that this version does not handle."""
+
+
+class FidelityError(QingyuError):
+    """A quantized model is further from its FP32 original than was allowed."""
+
+    exit_code = 6
+
+
+class UnknownTokenWarning(UserWarning):
+    """More than a tenth of the tokens are unknown to the model's vocabulary."""
+
+
+class TruncationWarning(UserWarning):
+    """Texts were cut to the model's maximum length."""
