@@ -1,0 +1,183 @@
+"""From encoded texts to micro-batches, from micro-batches to results in the caller's order.
+
+Texts are sorted by token count within a window and cut into micro-batches by a budget of tokens, padding
+counted, because small rectangles that stay in a core's cache are faster than large ones. Windows follow each
+other without a gap: while the workers run one, the caller's thread already tokenizes the next.
+
+Not here: what a graph computes, and how much memory it needs (``qingyu.runtime.memory``).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qingyu.errors import ClosedError
+from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.tokenizer import EncodedText
+
+__all__ = ["Batcher", "Workers", "micro_batches", "windows"]
+
+T = TypeVar("T")
+
+# A window grows from the first to the last size: the workers get their first batches early, and a long
+# input still sorts over enough texts that padding stays small.
+FIRST_WINDOW = 64
+LAST_WINDOW = 2048
+WINDOW_CHARACTERS = 1 << 21
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int) -> list[NDArray[np.intp]]:
+    """Positions of texts grouped so that rows x longest <= ``token_budget``, longest texts first.
+
+    A text longer than the budget is a micro-batch of its own. Longest first, so that the last ones to run
+    are small and the workers end together.
+
+    >>> [group.tolist() for group in micro_batches([3, 9, 4, 4], token_budget=12)]
+    [[1], [2, 3, 0]]
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    groups = []
+    start = 0
+    while start < len(order):
+        rows = max(1, token_budget // max(1, lengths[order[start]]))
+        groups.append(order[start : start + rows])
+        start += rows
+    return groups
+
+
+def windows(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of growing size, each bounded in texts and in characters.
+
+    >>> [len(window) for window in windows(["轻语"] * 200)]
+    [64, 128, 8]
+    """
+    size, characters = FIRST_WINDOW, 0
+    window: list[str] = []
+    for text in texts:
+        window.append(text)
+        # Anything that is not a text is refused when the window is encoded, not here.
+        characters += len(text) if isinstance(text, str) else 0
+        if len(window) >= size or characters >= WINDOW_CHARACTERS:
+            yield window
+            size, characters, window = min(2 * size, LAST_WINDOW), 0, []
+    if window:
+        yield window
+
+
+class Workers:
+    """At most ``count`` jobs at once, however many threads ask; usable in a forked child."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._closed = False
+        self._renew()
+
+    def _renew(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(self.count)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def _own(self) -> None:
+        if self._pid != os.getpid():
+            self._renew()  # the parent's threads and held locks do not exist in a child
+        if self._closed:
+            raise ClosedError(
+                "the model is closed", expected="an open model", found="a closed one", remedy="Open it again."
+            )
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run ``job`` in a worker thread."""
+        self._own()
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="qingyu")
+            return self._pool.submit(self._limited, job)
+
+    def run_here(self, job: Callable[[], T]) -> T:
+        """Run ``job`` in this thread, which saves a lone short job the change of threads."""
+        self._own()
+        return self._limited(job)
+
+    def _limited(self, job: Callable[[], T]) -> T:
+        with self._slots:
+            return job()
+
+    def close(self) -> None:
+        """Let the jobs under way end, drop those that wait, and refuse new ones."""
+        self._closed = True
+        if self._pid == os.getpid() and self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass
+class _Running(Generic[T]):
+    """One window under way: its result fills while its jobs end."""
+
+    window: T
+    result: Floats
+    jobs: list[Future[None]]
+
+    def wait(self) -> tuple[T, Floats]:
+        try:
+            for job in self.jobs:
+                job.result()
+        except BaseException:
+            self.cancel()
+            raise
+        return self.window, self.result
+
+    def cancel(self) -> None:
+        for job in self.jobs:
+            job.cancel()
+
+
+@dataclass(frozen=True)
+class Batcher:
+    """How encoded texts reach the graph: ``run`` gives (rows, dim) for one micro-batch."""
+
+    run: Callable[[TokenBatch], Floats]
+    workers: Workers
+    dim: int
+    token_budget: int
+    pad_id: int
+
+    def run_windows(self, encoded: Iterable[tuple[T, Sequence[EncodedText]]]) -> Iterator[tuple[T, Floats]]:
+        """For each (window, its encoded texts) the window and its vectors (n, dim), in the order given.
+
+        ``encoded`` is advanced in the caller's thread while the workers run the window before; two windows are
+        under way at most. An error in a job or in ``encoded`` drops what has not begun and is raised here.
+        """
+        pending: deque[_Running[T]] = deque()
+        try:
+            for window, texts in encoded:
+                pending.append(self._start(window, texts))
+                if len(pending) > 1:
+                    yield pending.popleft().wait()
+            while pending:
+                yield pending.popleft().wait()
+        finally:
+            for running in pending:
+                running.cancel()
+
+    def _start(self, window: T, texts: Sequence[EncodedText]) -> _Running[T]:
+        result = np.empty((len(texts), self.dim), dtype=np.float32)
+        groups = micro_batches([len(text.ids) for text in texts], self.token_budget)
+        jobs = [partial(self._fill, result, [texts[n].ids for n in group], group) for group in groups]
+        if len(jobs) == 1:  # a lone short job is over sooner here than in another thread
+            self.workers.run_here(jobs[0])
+            jobs = []
+        return _Running(window, result, [self.workers.submit(job) for job in jobs])
+
+    def _fill(self, result: Floats, sequences: Sequence[Ids], rows: NDArray[np.intp]) -> None:
+        result[rows] = self.run(TokenBatch.pad(sequences, self.pad_id))

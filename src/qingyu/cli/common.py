@@ -1,0 +1,72 @@
+"""What several commands share: how a model is named and opened, and how help looks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qingyu.runtime.embedder import Embedder, Report
+
+__all__ = ["add_model_arguments", "new_command", "open_embedder", "print_report"]
+
+
+def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:  # noqa: ANN401
+    """A sub-parser whose help ends in an example."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="example:\n  " + example.replace("\n", "\n  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --model and the options of ``Embedder.open``."""
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="a model folder, or a name in $QINGYU_HOME")
+    parser.add_argument("--prompt", metavar="P", help="query, passage, or the text to put before each input")
+    parser.add_argument(
+        "--profile",
+        choices=("throughput", "latency", "edge"),
+        default="throughput",
+        help="throughput: many texts; latency: one text at a time; edge: least memory (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="default: what affinity and CPU quota allow")
+    parser.add_argument(
+        "--max-memory-mb", type=int, metavar="MB", help="resident memory that the process may reach"
+    )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("parse", "text"),
+        default="parse",
+        help="whether a typed [MASK] is the special token, as in the reference, or plain text",
+    )
+    parser.add_argument("--nfkc", action="store_true", help="fold full-width and compatibility forms first")
+
+
+def open_embedder(options: argparse.Namespace) -> Embedder:
+    """The embedder that the arguments of ``add_model_arguments`` describe."""
+    from qingyu.runtime.embedder import Embedder
+
+    return Embedder.open(
+        options.model,
+        profile=options.profile,
+        threads=options.threads,
+        max_memory_mb=options.max_memory_mb,
+        special_tokens=options.special_tokens,
+        unicode_form="NFKC" if options.nfkc else None,
+    )
+
+
+def print_report(report: Report, max_tokens: int) -> None:
+    """Say on standard error what was cut or unknown; nothing where all was read."""
+    if report.truncated:
+        print(
+            f"{report.truncated:,} of {report.texts:,} texts were cut at {max_tokens} tokens "
+            "(--long-text error refuses them)",
+            file=sys.stderr,
+        )
+    report.warn()

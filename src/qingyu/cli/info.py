@@ -1,0 +1,52 @@
+"""``qingyu info``: what a model folder is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from qingyu.cli.common import new_command
+from qingyu.cli.table import facts
+
+if TYPE_CHECKING:
+    from qingyu.runtime.spec import ModelSpec
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers type
+    """Add the command."""
+    parser = new_command(commands, "info", "describe a model folder", "qingyu info out/e5-int8")
+    parser.add_argument("model", metavar="FOLDER", help="a model folder, or a name in $QINGYU_HOME")
+    parser.add_argument("--json", action="store_true", help="the manifest as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the manifest's facts; the files themselves are checked by `qingyu doctor --model`."""
+    from qingyu.runtime.embedder import find_model
+    from qingyu.runtime.spec import read_spec
+
+    spec = read_spec(find_model(options.model))
+    print(json.dumps(json.loads(spec.to_json()), ensure_ascii=False) if options.json else facts(_facts(spec)))
+    return 0
+
+
+def _facts(spec: ModelSpec) -> dict[str, object]:
+    sizes = spec.architecture
+    shape = f"{sizes.layers} layers, hidden {sizes.hidden_size}, {sizes.heads} heads, vocabulary {sizes.vocab_size:,}"
+    return {
+        "name": spec.name,
+        "task": spec.task,
+        "model": f"{sizes.model_type}: {shape}",
+        "vectors": f"{spec.dim} dimensions, {spec.pooling} pooling, {'length 1' if spec.normalize else 'not normalized'}",
+        "reads": f"at most {spec.max_tokens} tokens, {'lower-cased' if spec.lowercase else 'case kept'}",
+        "prompts": dict(spec.prompts) or "none",
+        "default prompt": spec.default_prompt or "none",
+        "precision": spec.precision + (f", recipe {spec.recipe}" if spec.recipe else ""),
+        "licence": spec.source.license or "not stated by the checkpoint",
+        "source": spec.source.repository or "not stated by the checkpoint",
+        **{f"file {name}": f"{record.bytes / 1e6:.2f} MB" for name, record in spec.files.items()},
+        "certificate": dict(spec.certificate) if spec.certificate else "none",
+    }
