@@ -12,7 +12,8 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -147,15 +148,61 @@ def sha256_of(path: Path) -> str:
 def check_file(folder: Path, name: str, record: FileRecord) -> None:
     """Raise ``CorruptFileError`` unless the file has the size and hash that the manifest gives."""
     path = folder / name
-    remedy = "The file is damaged or was replaced: export, quantize or copy the model again."
+    with _reading(path):
+        _check_size(path, record)
+        _check_digest(path, sha256_of(path), record)
+
+
+def read_checked(folder: Path, name: str, record: FileRecord) -> bytes:
+    """The bytes of a file, or ``CorruptFileError`` as from ``check_file``.
+
+    What was hashed is what is returned, so a file that is replaced meanwhile is not let in.
+    """
+    path = folder / name
+    with _reading(path):
+        _check_size(path, record)
+        with path.open("rb") as stream:
+            data = stream.read(record.bytes + 1)
+        _check_digest(path, hashlib.sha256(data).hexdigest(), record)
+    return data
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CorruptFileError(
+            f"{path} cannot be read",
+            expected="a readable file",
+            found=error.strerror or type(error).__name__,
+            remedy="Make the folder and the file readable for this user.",
+        ) from None
+
+
+_DAMAGED = "The file is damaged or was replaced: export, quantize or copy the model again."
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    # A pipe or a device is never opened: reading it might not end.
     size = path.stat().st_size if path.is_file() else None
     if size != record.bytes:
-        found = "no such file" if size is None else f"{size} bytes"
-        raise CorruptFileError(f"{path} is damaged", expected=f"{record.bytes} bytes", found=found, remedy=remedy)
-    digest = sha256_of(path)
+        absent = "something that is not a file" if path.exists() else "no such file"
+        raise CorruptFileError(
+            f"{path} is damaged",
+            expected=f"{record.bytes} bytes",
+            found=absent if size is None else f"{size} bytes",
+            remedy=_DAMAGED,
+        )
+
+
+def _check_digest(path: Path, digest: str, record: FileRecord) -> None:
     if digest != record.sha256:
         raise CorruptFileError(
-            f"{path} is damaged", expected=f"sha256 {record.sha256}", found=f"sha256 {digest}", remedy=remedy
+            f"{path} is damaged",
+            expected=f"sha256 {record.sha256}",
+            found=f"sha256 {digest}",
+            remedy=_DAMAGED,
         )
 
 
