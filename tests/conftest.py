@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,121 @@ def shared_models() -> Path:
 def shared_data() -> Path:
     """The folder of texts and measuring sets beside the checkout."""
     return _shared("data")
+
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY += list("，。！？：；、“”（）,.!?()[]-") + list("0123456789") + list("abcdefghijklmnopqrstuvwxyz")
+VOCABULARY += ["##" + c for c in "0123456789abcdefghijklmnopqrstuvwxyz"]
+VOCABULARY += sorted(
+    set(
+        "今天气真好外面阳光明媚股票大跌怎么修改登录密码忘记了办雨会下吗人工智能正在变医疗教育和交通我们你他她它的是不有"
+        "这那中国北京上海城市学生老师公司产品价格服务电影音乐书读写说话听看想爱吃喝走跑来去开关高低长短多少新旧快慢轻语言"
+    )
+)
+TINY_LENGTH = 64
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer BERT with random weights in sentence-transformers layout: real in every respect but size."""
+    np = pytest.importorskip("numpy")
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-zh"
+    folder.mkdir()
+    hidden, wide, layers = 32, 64, 2
+    random = np.random.default_rng(7)
+
+    def normal(*shape: int) -> object:
+        return random.normal(0, 0.3, shape).astype(np.float32)
+
+    weights = {
+        "embeddings.word_embeddings.weight": normal(len(VOCABULARY), hidden),
+        "embeddings.position_embeddings.weight": normal(TINY_LENGTH, hidden),
+        "embeddings.token_type_embeddings.weight": normal(2, hidden),
+        "embeddings.LayerNorm.weight": 1 + normal(hidden),
+        "embeddings.LayerNorm.bias": normal(hidden),
+    }
+    for layer in range(layers):
+        prefix = f"encoder.layer.{layer}"
+        shapes = {
+            "attention.self.query": (hidden, hidden),
+            "attention.self.key": (hidden, hidden),
+            "attention.self.value": (hidden, hidden),
+            "attention.output.dense": (hidden, hidden),
+            "intermediate.dense": (wide, hidden),
+            "output.dense": (hidden, wide),
+        }
+        for name, shape in shapes.items():
+            weights[f"{prefix}.{name}.weight"] = normal(*shape)
+            weights[f"{prefix}.{name}.bias"] = normal(shape[0])
+        for name in ("attention.output", "output"):
+            weights[f"{prefix}.{name}.LayerNorm.weight"] = 1 + normal(hidden)
+            weights[f"{prefix}.{name}.LayerNorm.bias"] = normal(hidden)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    documents = {
+        "config.json": {
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "vocab_size": len(VOCABULARY),
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "intermediate_size": wide,
+            "hidden_act": "gelu",
+            "max_position_embeddings": TINY_LENGTH,
+            "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12,
+            "pad_token_id": 0,
+        },
+        "tokenizer_config.json": {
+            "do_lower_case": False,
+            "tokenizer_class": "BertTokenizer",
+            "model_max_length": TINY_LENGTH,
+        },
+        "sentence_bert_config.json": {"max_seq_length": TINY_LENGTH, "do_lower_case": True},
+        "config_sentence_transformers.json": {"prompts": {"query": "查询："}, "default_prompt_name": None},
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        ],
+    }
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": hidden, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as an FP32 model folder. Read it, never change it."""
+    pytest.importorskip("onnx")
+    from qingyu.models.export import export
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    export(tiny_checkpoint, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_int8(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model quantized. Read it, never change it."""
+    from qingyu.quantize import quantize
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-int8"
+    quantize(tiny_model, folder, texts=["今天天气真好", "外面阳光明媚", "股票大跌", "怎么修改登录密码"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def e5_model(shared_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """multilingual-e5-small-zh, the real Chinese checkpoint, as an FP32 model folder."""
+    pytest.importorskip("onnx")
+    from qingyu.models.export import export
+
+    folder = tmp_path_factory.mktemp("models") / "e5"
+    export(shared_models / "multilingual-e5-small-zh", folder)
+    return folder
