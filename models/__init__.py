@@ -1,1 +1,1 @@
-"""TODO"""
+"""Models: checkpoints in, model folders out. Importing this loads no third-party package."""

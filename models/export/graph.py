@@ -1,0 +1,412 @@
+"""The graph writer: a BERT-family encoder with pooling, from sizes and named weights, in standard operators.
+
+One function, ``write_graph``, writes every such graph; how a linear layer and the word embedding are computed
+is the caller's ``LinearWriter``, so that an FP32 and a quantized graph share everything else.
+
+The shape of the graph was chosen by measurement: rows and tokens are one axis except within attention; no
+fused SkipLayerNormalization (slower in onnxruntime than Add and LayerNormalization) and no fused attention
+(no faster).
+
+Not here: reading checkpoints (``checkpoint.py``), normalization of the pooled vector (the runtime).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qingyu.errors import GraphError
+from qingyu.models.export.builder import GraphBuilder
+from qingyu.models.export.pooling import FLOAT, write_pooling
+from qingyu.runtime.spec import Architecture, Pooling
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = [
+    "ACTIVATIONS",
+    "FloatLinear",
+    "FoldedWeights",
+    "GraphPlan",
+    "LinearWriter",
+    "linear_shapes",
+    "output_names",
+    "read_plan",
+    "read_weights",
+    "weight_shapes",
+    "write_graph",
+]
+
+PLAN_KEY = "qingyu.plan"
+INPUTS = ("input_ids", "attention_mask")
+
+Weights = NDArray[np.float32]
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """What a graph is written from, beside the weights; stored in the graph's metadata.
+
+    ``padding_id`` is ``None`` where positions are counted from 0 (BERT), and otherwise the token id that
+    positions skip, counting from that id + 1 (RoBERTa). ``head`` names the activation of each Dense layer
+    after pooling, ``identity`` or ``tanh``.
+    """
+
+    architecture: Architecture
+    pooling: Pooling
+    hidden_states: bool = False
+    padding_id: int | None = None
+    head: tuple[str, ...] = ()
+
+
+class LinearWriter(Protocol[P]):
+    """How a graph computes its linear layers and its word embedding."""
+
+    def prepare(self, graph: GraphBuilder, activation: str) -> P:
+        """An activation (rows * tokens, in), made ready once for all the products that share it."""
+        ...
+
+    def apply(self, graph: GraphBuilder, prepared: P, name: str, weight: Weights, bias: Weights) -> str:
+        """``activation @ weight + bias``, (rows * tokens, out); ``weight`` is (in, out).
+
+        Initializers are named ``<name>.weight`` and ``<name>.bias``, with further suffixes as needed.
+        """
+        ...
+
+    def embed(self, graph: GraphBuilder, name: str, table: Weights, ids: str) -> str:
+        """The rows of ``table`` (vocabulary, hidden) at ``ids`` (rows, tokens): (rows, tokens, hidden)."""
+        ...
+
+
+class FloatLinear:
+    """Linear layers in FP32, as the checkpoint has them."""
+
+    def prepare(self, graph: GraphBuilder, activation: str) -> str:
+        """The activation itself."""
+        return activation
+
+    def apply(self, graph: GraphBuilder, prepared: str, name: str, weight: Weights, bias: Weights) -> str:
+        """A MatMul and an Add."""
+        product = graph.node("MatMul", [prepared, graph.weight(f"{name}.weight", weight)])
+        return graph.node("Add", [product, graph.weight(f"{name}.bias", bias)])
+
+    def embed(self, graph: GraphBuilder, name: str, table: Weights, ids: str) -> str:
+        """A Gather."""
+        return graph.node("Gather", [graph.weight(f"{name}.weight", table), ids])
+
+
+def weight_shapes(sizes: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every folded weight of the encoder; linear weights are (in, out)."""
+    hidden = (sizes.hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (sizes.vocab_size, *hidden),
+        "embeddings.position_embeddings.weight": (sizes.max_positions, *hidden),
+        "embeddings.LayerNorm.weight": hidden,
+        "embeddings.LayerNorm.bias": hidden,
+    }
+    for layer in range(sizes.layers):
+        for name, shape in linear_shapes(sizes, layer).items():
+            shapes[f"{name}.weight"] = shape
+            shapes[f"{name}.bias"] = shape[1:]
+        for part in ("attention.output", "output"):
+            for kind in ("weight", "bias"):
+                shapes[f"encoder.layer.{layer}.{part}.LayerNorm.{kind}"] = hidden
+    return shapes
+
+
+def linear_shapes(sizes: Architecture, layer: int) -> dict[str, tuple[int, int]]:
+    """Name and (in, out) of the six linear layers of one encoder layer."""
+    hidden, wide = sizes.hidden_size, sizes.intermediate_size
+    prefix = f"encoder.layer.{layer}"
+    return {
+        f"{prefix}.attention.self.query": (hidden, hidden),
+        f"{prefix}.attention.self.key": (hidden, hidden),
+        f"{prefix}.attention.self.value": (hidden, hidden),
+        f"{prefix}.attention.output.dense": (hidden, hidden),
+        f"{prefix}.intermediate.dense": (hidden, wide),
+        f"{prefix}.output.dense": (wide, hidden),
+    }
+
+
+class FoldedWeights(Mapping[str, Weights]):
+    """A checkpoint's weights as ``write_graph`` wants them, computed when asked for.
+
+    Linear weights are turned to (in, out); the query's weight and bias are divided by sqrt(head size);
+    row 0 of the token types is added to every position. Everything else is passed through.
+    """
+
+    def __init__(self, sizes: Architecture, checkpoint: Mapping[str, Weights]) -> None:
+        self._checkpoint = checkpoint
+        self._scale = np.float32((sizes.hidden_size // sizes.heads) ** -0.5)
+        self._linear = {f"{name}.weight" for n in range(sizes.layers) for name in linear_shapes(sizes, n)}
+        self._names = [*weight_shapes(sizes), *(name for name in checkpoint if name.startswith("head."))]
+
+    def __getitem__(self, name: str) -> Weights:
+        if name not in self._names:
+            raise KeyError(name)
+        weight = self._checkpoint[name]
+        if name == "embeddings.position_embeddings.weight":
+            return weight + self._checkpoint["embeddings.token_type_embeddings.weight"][0]
+        if name in self._linear or (name.startswith("head.") and name.endswith(".weight")):
+            weight = np.ascontiguousarray(weight.T)
+        return weight * self._scale if ".attention.self.query." in name else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def output_names(plan: GraphPlan) -> tuple[str, ...]:
+    """The outputs of the graph, in order."""
+    hidden = (f"hidden_state_{n}" for n in range(plan.architecture.layers + 1)) if plan.hidden_states else ()
+    return ("token_states", "pooled", *hidden)
+
+
+def write_graph(
+    plan: GraphPlan,
+    weights: Mapping[str, Weights],
+    linear: LinearWriter[P],
+    *,
+    domains: tuple[str, ...] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> bytes:
+    """The serialized graph of an encoder with pooling.
+
+    ``weights`` are folded (``FoldedWeights`` or ``read_weights``). Inputs ``input_ids`` and
+    ``attention_mask``, int64 (rows, tokens), padding on the right and at least one token a row. Outputs
+    float32: ``token_states`` (rows, tokens, hidden), ``pooled`` (rows, dim) which is not normalized, and
+    with ``plan.hidden_states`` ``hidden_state_0`` (the embedding) to ``hidden_state_<layers>`` (equal to
+    ``token_states``). ``domains`` names the operator sets that ``linear`` uses beside the standard one.
+    ``progress`` is called with the number of layers written and their total.
+    """
+    graph = GraphBuilder()
+    writer = _Encoder(graph, plan, weights, linear)
+    state = writer.embedding()
+    states = [state]
+    for layer in range(plan.architecture.layers):
+        state = writer.layer(layer, state)
+        states.append(state)
+        if progress is not None:
+            progress(layer + 1, plan.architecture.layers)
+    dim = writer.outputs(states)
+    hidden = ("rows", "tokens", plan.architecture.hidden_size)
+    shapes: dict[str, tuple[str | int, ...]] = dict.fromkeys(output_names(plan), hidden)
+    shapes["pooled"] = ("rows", dim)
+    metadata = {PLAN_KEY: json.dumps(dataclasses.asdict(plan), sort_keys=True)}
+    return graph.finish(dict.fromkeys(INPUTS, ("rows", "tokens")), shapes, metadata=metadata, domains=domains)
+
+
+class _Encoder:
+    """Writes the parts of one encoder; states between them are (rows * tokens, hidden)."""
+
+    def __init__(
+        self, graph: GraphBuilder, plan: GraphPlan, weights: Mapping[str, Weights], linear: LinearWriter[Any]
+    ) -> None:
+        sizes = plan.architecture
+        self.graph, self.plan, self.weights, self.linear = graph, plan, weights, linear
+        shape = graph.node("Shape", ["input_ids"])
+        self.tokens = graph.node("Slice", [shape, graph.ints(1), graph.ints(2), graph.ints(0)])
+        heads = graph.ints(sizes.heads, sizes.hidden_size // sizes.heads)
+        self.by_head = graph.node("Concat", [shape, heads], attributes={"axis": 0})
+        self.by_row = graph.node("Concat", [shape, graph.ints(sizes.hidden_size)], attributes={"axis": 0})
+        self.flat = graph.ints(-1, sizes.hidden_size)
+        self.mask = self._additive_mask()
+
+    def _additive_mask(self) -> str:
+        """(rows, 1, 1, tokens): 0 at a token; at padding the lowest float, whose softmax is 0."""
+        graph = self.graph
+        mask = graph.node("Cast", ["attention_mask"], attributes={"to": FLOAT})
+        padding = graph.node("Sub", [graph.constant(np.float32(1)), mask])
+        lowest = graph.node("Mul", [padding, graph.constant(np.finfo(np.float32).min)])
+        return graph.node("Unsqueeze", [lowest, graph.ints(1, 2)])
+
+    def _add(self, name: str) -> str:
+        return self.graph.weight(name, self.weights[name])
+
+    def _norm(self, state: str, name: str) -> str:
+        inputs = [state, self._add(f"{name}.LayerNorm.weight"), self._add(f"{name}.LayerNorm.bias")]
+        epsilon = self.plan.architecture.layer_norm_eps
+        return self.graph.node("LayerNormalization", inputs, attributes={"axis": -1, "epsilon": epsilon})
+
+    def _linear(self, prepared: Any, name: str) -> str:  # noqa: ANN401 - the writer's own type, passed through
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return self.linear.apply(self.graph, prepared, name, weight, bias)
+
+    def _positions(self) -> str:
+        """Position and token type 0 embeddings: (tokens, hidden) or (rows, tokens, hidden)."""
+        graph, padding_id = self.graph, self.plan.padding_id
+        table = self._add("embeddings.position_embeddings.weight")
+        if padding_id is None:
+            return graph.node("Slice", [table, graph.ints(0), self.tokens, graph.ints(0)])
+        same = graph.node("Equal", ["input_ids", graph.constant(np.int64(padding_id))])
+        counted = graph.node("Cast", [graph.node("Not", [same])], attributes={"to": 7})  # 7: int64
+        place = graph.node("Mul", [graph.node("CumSum", [counted, graph.constant(np.int64(1))]), counted])
+        return graph.node("Gather", [table, graph.node("Add", [place, graph.constant(np.int64(padding_id))])])
+
+    def embedding(self) -> str:
+        """The state before the first layer."""
+        name = "embeddings.word_embeddings"
+        words = self.linear.embed(self.graph, name, self.weights[f"{name}.weight"], "input_ids")
+        state = self.graph.node("Add", [words, self._positions()])
+        return self.graph.node("Reshape", [self._norm(state, "embeddings"), self.flat])
+
+    def layer(self, number: int, state: str) -> str:
+        """The state after one layer."""
+        graph, prefix = self.graph, f"encoder.layer.{number}"
+        mixed = self._attention(state, f"{prefix}.attention.self")
+        mixed = self._linear(self.linear.prepare(graph, mixed), f"{prefix}.attention.output.dense")
+        state = self._norm(graph.node("Add", [mixed, state]), f"{prefix}.attention.output")
+        wide = self._linear(self.linear.prepare(graph, state), f"{prefix}.intermediate.dense")
+        wide = ACTIVATIONS[self.plan.architecture.activation](graph, wide)
+        narrow = self._linear(self.linear.prepare(graph, wide), f"{prefix}.output.dense")
+        return self._norm(graph.node("Add", [narrow, state]), f"{prefix}.output")
+
+    def _attention(self, state: str, name: str) -> str:
+        graph = self.graph
+        prepared = self.linear.prepare(graph, state)
+        query, value = (
+            self._by_head(prepared, f"{name}.{part}", (0, 2, 1, 3)) for part in ("query", "value")
+        )
+        key = self._by_head(prepared, f"{name}.key", (0, 2, 3, 1))
+        scores = graph.node("Add", [graph.node("MatMul", [query, key]), self.mask])
+        shares = graph.node("Softmax", [scores], attributes={"axis": -1})
+        mixed = graph.node("MatMul", [shares, value])
+        mixed = graph.node("Transpose", [mixed], attributes={"perm": (0, 2, 1, 3)})
+        return graph.node("Reshape", [mixed, self.flat])
+
+    def _by_head(self, prepared: Any, name: str, perm: tuple[int, ...]) -> str:  # noqa: ANN401 - as in _linear
+        split = self.graph.node("Reshape", [self._linear(prepared, name), self.by_head])
+        return self.graph.node("Transpose", [split], attributes={"perm": perm})
+
+    def outputs(self, states: list[str]) -> int:
+        """Write the named outputs from the states after each layer; the result is ``dim``."""
+        graph, plan = self.graph, self.plan
+        graph.node("Reshape", [states[-1], self.by_row], output="token_states")
+        if plan.hidden_states:
+            for number, state in enumerate(states):
+                graph.node("Reshape", [state, self.by_row], output=f"hidden_state_{number}")
+        pooled = write_pooling(graph, plan.pooling, "token_states", "attention_mask")
+        return write_head(graph, plan.head, self.weights, pooled, plan.architecture.hidden_size)
+
+
+def write_head(
+    graph: GraphBuilder, head: tuple[str, ...], weights: Mapping[str, Weights], pooled: str, dim: int
+) -> int:
+    """Write the Dense layers after pooling, named ``head.<n>``, ending in ``pooled``; the result is its width."""
+    for number, activation in enumerate(head):
+        weight = weights[f"head.{number}.weight"]
+        pooled = graph.node("MatMul", [pooled, graph.weight(f"head.{number}.weight", weight)])
+        if f"head.{number}.bias" in weights:
+            bias = graph.weight(f"head.{number}.bias", weights[f"head.{number}.bias"])
+            pooled = graph.node("Add", [pooled, bias])
+        pooled = ACTIVATIONS[activation](graph, pooled)
+        dim = weight.shape[1]
+    graph.node("Identity", [pooled], output="pooled")
+    return dim
+
+
+def _identity(graph: GraphBuilder, state: str) -> str:
+    return state
+
+
+def _gelu(graph: GraphBuilder, state: str) -> str:
+    return graph.node("Gelu", [state])
+
+
+def _gelu_tanh(graph: GraphBuilder, state: str) -> str:
+    return graph.node("Gelu", [state], attributes={"approximate": "tanh"})
+
+
+def _relu(graph: GraphBuilder, state: str) -> str:
+    return graph.node("Relu", [state])
+
+
+def _silu(graph: GraphBuilder, state: str) -> str:
+    return graph.node("Mul", [state, graph.node("Sigmoid", [state])])
+
+
+def _tanh(graph: GraphBuilder, state: str) -> str:
+    return graph.node("Tanh", [state])
+
+
+ACTIVATIONS: Mapping[str, Callable[[GraphBuilder, str], str]] = {
+    # The names are those of transformers.activations.ACT2FN.
+    "identity": _identity,
+    "gelu": _gelu,
+    "gelu_python": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": _relu,
+    "silu": _silu,
+    "swish": _silu,
+    "tanh": _tanh,
+}
+
+
+def read_weights(path: Path) -> dict[str, Weights]:
+    """The folded weights of a graph that ``write_graph`` wrote with ``FloatLinear``, by name.
+
+    Raises ``GraphError`` when the file is no such graph.
+    """
+    import onnx
+
+    model = _load(path)
+    sizes = _plan_of(model, path).architecture
+    found = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if "." in tensor.name and tensor.data_type == FLOAT
+    }
+    for name, shape in weight_shapes(sizes).items():
+        if name not in found or found[name].shape != shape:
+            shown = f"shape {found[name].shape}" if name in found else "no such weight"
+            raise _not_ours(path, f"{name} of shape {shape}", shown)
+    return found
+
+
+def read_plan(path: Path) -> GraphPlan:
+    """The plan that a graph was written from; ``GraphError`` when the file is no graph of ``write_graph``."""
+    return _plan_of(_load(path), path)
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError, ValueError) as error:
+        raise _not_ours(path, "an ONNX graph", str(error) or type(error).__name__) from None
+
+
+def _plan_of(model: onnx.ModelProto, path: Path) -> GraphPlan:
+    stored = {entry.key: entry.value for entry in model.metadata_props}.get(PLAN_KEY)
+    if stored is None:
+        raise _not_ours(path, f"a graph with the metadata {PLAN_KEY}", "none")
+    try:
+        document = json.loads(stored)
+        document["architecture"] = Architecture(**document["architecture"])
+        document["head"] = tuple(document["head"])
+        plan = GraphPlan(**document)
+    except (ValueError, TypeError, KeyError) as error:
+        raise _not_ours(path, f"valid metadata {PLAN_KEY}", str(error)) from None
+    if plan.pooling not in get_args(Pooling):
+        raise _not_ours(path, "a known pooling", repr(plan.pooling))
+    return plan
+
+
+def _not_ours(path: Path, expected: str, found: str) -> GraphError:
+    remedy = "Export the checkpoint again with `qingyu export`."
+    return GraphError(
+        f"{path} is not a graph that this can read", expected=expected, found=found, remedy=remedy
+    )
