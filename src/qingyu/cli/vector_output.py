@@ -151,22 +151,20 @@ class Npy(_FileSink):
         rows, scales = _stored(block.vectors, self._dtype)
         if self._template is None:
             self._template = rows[:0]
-            self._append(self._header())
+            self._write_header()
         self._append(rows.tobytes())
         self._rows += len(rows)
         if scales is not None:
             self._scales.append(scales)
 
-    def _header(self) -> bytes:
-        # Format version 1.0: magic, two version bytes, header length, and a dictionary padded to a fixed size so
-        # that the final number of rows fits in the same place.
+    def _write_header(self) -> None:
+        # numpy pads its headers so that the number of rows can be replaced in place.
         import numpy as np
 
-        shape = (self._rows, self._template.shape[1])
         descr = np.lib.format.dtype_to_descr(self._template.dtype)
-        text = repr({"descr": descr, "fortran_order": False, "shape": shape})
-        body = text.ljust(117).encode("latin1") + b"\n"
-        return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body
+        shape = (self._rows, self._template.shape[1])
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file.stream, header)
 
     def _finish(self) -> None:
         import numpy as np
@@ -174,7 +172,7 @@ class Npy(_FileSink):
         if self._template is None:
             self._template = np.empty((0, 0), dtype=np.float32)
         self._file.stream.seek(0)
-        self._file.stream.write(self._header())
+        self._write_header()
         if self._dtype == "int8":
             beside = _File(self._file.path.with_suffix(".scales.npy"))
             try:

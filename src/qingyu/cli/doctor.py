@@ -1,0 +1,113 @@
+"""``qingyu doctor``: what this machine gives, and whether it computes right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from qingyu import __version__
+from qingyu.cli.common import new_command
+from qingyu.cli.table import facts
+from qingyu.errors import QingyuError
+
+if TYPE_CHECKING:
+    from qingyu.runtime.embedder import Embedder
+
+__all__ = ["add", "run"]
+
+PACKAGES = ("numpy", "onnxruntime", "tokenizers", "psutil", "onnx", "safetensors")
+TEXTS = ("今天天气真好", "怎么修改登录密码", "人工智能正在改变医疗、教育和交通。" * 4)
+TOLERANCE = {"fp32": 1e-6, "int8": 1e-3}  # cosine distance between a text alone and beside longer ones
+
+
+def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers type
+    """Add the command."""
+    summary = "show versions, CPU, limits and threads, and check that this machine computes right"
+    parser = new_command(commands, "doctor", summary, "qingyu doctor --model out/e5-int8")
+    parser.add_argument("--model", metavar="FOLDER", help="also check a model folder's hashes and run it")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the facts; the exit code is that of the first check that failed."""
+    report = {**_machine(), **_kernels()}
+    failure: QingyuError | None = None
+    if options.model:
+        try:
+            report.update(_model(options.model))
+        except QingyuError as error:
+            failure = error
+            report["model check"] = f"FAILED: {error}"
+    print(json.dumps(report, ensure_ascii=False) if options.json else facts(report))
+    if failure is not None:
+        return failure.exit_code
+    return 0 if report["integer kernels exact"] is True else 5
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _machine() -> dict[str, object]:
+    from qingyu.runtime.cpu import cgroup_report, choose_threads, cpu_flags, cpu_model
+
+    group = cgroup_report()
+    limit = group.memory_limit
+    return {
+        "qingyu": __version__,
+        "python": f"{platform.python_version()} on {sys.platform}",
+        **{package: _installed(package) for package in PACKAGES},
+        "machine": platform.machine(),
+        "cpu": cpu_model() or "unknown",
+        "cpu flags": " ".join(cpu_flags()) or "none known",
+        "cgroup": group.version or "none",
+        "cpu quota": "none" if group.quota is None else f"{group.quota:g} CPUs",
+        "memory limit": "none" if limit is None else f"{limit / (1 << 20):.0f} MB",
+        "threads chosen": choose_threads(None),
+    }
+
+
+def _kernels() -> dict[str, object]:
+    from qingyu.runtime.selftest import integer_kernels_exact
+
+    return {"integer kernels exact": integer_kernels_exact()}
+
+
+def _model(name: str) -> dict[str, object]:
+    from qingyu.runtime.embedder import Embedder
+    from qingyu.runtime.spec import check_file
+
+    with Embedder.open(name) as embedder:
+        for file, record in embedder.spec.files.items():
+            check_file(embedder.folder, file, record)
+        checked = {f"sha256 {file}": record.sha256 for file, record in embedder.spec.files.items()}
+        return {"model": repr(embedder), **checked, "model check": _self_test(embedder)}
+
+
+def _self_test(embedder: Embedder) -> str:
+    """Texts alone and together must give the same vectors; anything else is a kernel or a model gone wrong."""
+    import numpy as np
+
+    from qingyu.errors import GraphError
+    from qingyu.runtime.vectors import cosine
+
+    together = embedder.embed(TEXTS)
+    alone = np.concatenate([embedder.embed(text) for text in TEXTS])
+    distance = float(np.max(1 - np.diag(cosine(together, alone))))
+    allowed = TOLERANCE[embedder.spec.precision]
+    if distance > allowed:
+        raise GraphError(
+            "a text's vector depends on its neighbours",
+            expected=f"cosine distance of at most {allowed:g} between alone and together",
+            found=f"{distance:.2e}",
+            remedy="Quantize the model again, or report this CPU and the versions above.",
+        )
+    return f"passed: {len(TEXTS)} texts alone and together, cosine distance {distance:.1e}"
