@@ -45,12 +45,13 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
 
 def run(options: argparse.Namespace) -> int:
     """Embed the texts as a stream: memory does not grow with their number."""
-    from qingyu.runtime.embedder import Report
+    from qingyu.runtime.embedder import Block, Report
     from qingyu.runtime.progress import progress_bar
 
     texts, total = from_arguments(options)
     report = Report()
     with open_embedder(options) as embedder, open_sink(options.output, options.dtype, json_lines=options.json) as sink:
+        sink.write(Block([], embedder.embed([], dim=options.dim)))  # no texts give an array of no rows, not no file
         blocks = embedder.embed_stream(
             texts,
             prompt=options.prompt,

@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -16,6 +16,8 @@ from qingyu.cli.table import clip, width
 from qingyu.errors import OutputError
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from qingyu.runtime.embedder import Block
     from qingyu.runtime.engine import Floats
 
@@ -32,7 +34,7 @@ class Sink(Protocol):
         """Add the block's rows."""
         ...
 
-    def __enter__(self) -> Sink: ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -42,12 +44,12 @@ class Sink(Protocol):
 def open_sink(output: str | None, dtype: DataType, *, json_lines: bool) -> Sink:
     """The sink for ``--output`` and ``--json``: a file by its suffix, else JSON lines or, on a terminal, a table."""
     if output is None or output == "-":
-        return JsonLines(None, dtype) if json_lines or not sys.stdout.isatty() else Table()
+        return JsonLines(dtype) if json_lines or not sys.stdout.isatty() else Table()
     path = Path(output)
     if path.suffix == ".npy":
         return Npy(path, dtype)
     if path.suffix in (".jsonl", ".ndjson"):
-        return JsonLines(path, dtype)
+        return JsonLinesFile(path, dtype)
     raise OutputError(
         f"cannot tell the format of {output}",
         expected="a name ending in .npy or .jsonl",
@@ -71,48 +73,17 @@ def _stored(vectors: Floats, dtype: DataType) -> tuple[Any, Floats | None]:
     return plain[dtype](vectors), None
 
 
-class _File:
-    """A file that appears under its name only when it is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        except OSError as error:
-            raise _unwritable(path, error) from None
-        self.temporary = Path(name)
-        self.stream = os.fdopen(handle, "wb")
-
-    def finish(self) -> None:
-        # mkstemp makes files that only their owner reads; a result should follow the user's umask.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.fchmod(self.stream.fileno(), 0o666 & ~mask)
-        self.stream.close()
-        self.temporary.replace(self.path)
-
-    def undo(self) -> None:
-        with suppress(OSError):
-            self.stream.close()
-        self.temporary.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write {path}",
-        expected="a folder that can be written, with room",
-        found=error.strerror or str(error),
-        remedy="Choose another --output.",
-    )
-
-
 class _FileSink:
-    """Writes to a temporary file, renamed at the end; removed when anything fails."""
+    """Writes to a temporary file that gets its name when all is well, and is removed when anything fails."""
 
     def __init__(self, path: Path) -> None:
-        self._file = _File(path)
+        self._path = path
+        with self._reported():
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        self._temporary = Path(name)
+        self._stream = os.fdopen(handle, "wb")
 
-    def __enter__(self) -> Any:  # noqa: ANN401 - the subclass itself
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -120,20 +91,32 @@ class _FileSink:
     ) -> None:
         try:
             if kind is None:
-                self._finish()
-        except OSError as failure:
-            raise _unwritable(self._file.path, failure) from None
+                with self._reported():
+                    self._finish()
         finally:
-            self._file.undo()
+            with suppress(OSError):
+                self._stream.close()
+            self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self._path}",
+                expected="a folder that can be written, with room",
+                found=error.strerror or str(error),
+                remedy="Choose another --output.",
+            ) from None
 
     def _finish(self) -> None:
-        self._file.finish()
-
-    def _append(self, data: bytes) -> None:
-        try:
-            self._file.stream.write(data)
-        except OSError as error:
-            raise _unwritable(self._file.path, error) from None
+        # mkstemp makes files that only their owner reads; a result should follow the user's umask.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.fchmod(self._stream.fileno(), 0o666 & ~mask)
+        self._stream.close()
+        self._temporary.replace(self._path)
 
 
 class Npy(_FileSink):
@@ -143,16 +126,17 @@ class Npy(_FileSink):
         super().__init__(path)
         self._dtype: DataType = dtype
         self._rows = 0
-        self._template: Any = None
+        self._row: Any = None  # an empty piece of the array: its type and width
         self._scales: list[Floats] = []
 
     def write(self, block: Block) -> None:
         """Add the block's rows to the file."""
         rows, scales = _stored(block.vectors, self._dtype)
-        if self._template is None:
-            self._template = rows[:0]
-            self._write_header()
-        self._append(rows.tobytes())
+        with self._reported():
+            if self._row is None:
+                self._row = rows[:0]
+                self._write_header()
+            self._stream.write(rows.tobytes())
         self._rows += len(rows)
         if scales is not None:
             self._scales.append(scales)
@@ -161,44 +145,35 @@ class Npy(_FileSink):
         # numpy pads its headers so that the number of rows can be replaced in place.
         import numpy as np
 
-        descr = np.lib.format.dtype_to_descr(self._template.dtype)
-        shape = (self._rows, self._template.shape[1])
-        header = {"descr": descr, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file.stream, header)
+        descr = np.lib.format.dtype_to_descr(self._row.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self._rows, self._row.shape[1])}
+        np.lib.format.write_array_header_1_0(self._stream, header)
 
     def _finish(self) -> None:
         import numpy as np
 
-        if self._template is None:
-            self._template = np.empty((0, 0), dtype=np.float32)
-        self._file.stream.seek(0)
+        if self._scales:
+            with _FileSink(self._path.with_suffix(".scales.npy")) as beside:
+                np.save(beside._stream, np.concatenate(self._scales))
+        self._stream.seek(0)
         self._write_header()
-        if self._dtype == "int8":
-            beside = _File(self._file.path.with_suffix(".scales.npy"))
-            try:
-                np.save(beside.stream, np.concatenate(self._scales or [np.empty(0, np.float32)]))
-                beside.finish()
-            finally:
-                beside.undo()
         super()._finish()
 
 
 class JsonLines:
     """One object a line: ``index``, ``text``, ``vector`` and, for int8, ``scale``."""
 
-    def __init__(self, path: Path | None, dtype: DataType) -> None:
-        self._file = None if path is None else _FileSink(path)
+    def __init__(self, dtype: DataType) -> None:
         self._dtype: DataType = dtype
         self._index = 0
 
-    def __enter__(self) -> JsonLines:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.__exit__(kind, error, trace)
+        pass
 
     def write(self, block: Block) -> None:
         """Write the block's rows."""
@@ -206,15 +181,29 @@ class JsonLines:
         for n, (text, values) in enumerate(zip(block.texts, _numbers(rows), strict=True)):
             row: dict[str, object] = {"index": self._index, "text": text, "vector": values}
             if scales is not None:
-                row["scale"] = float(scales[n])
+                row["scale"] = float(str(scales[n]))
             self._put(json.dumps(row, ensure_ascii=False) + "\n")
             self._index += 1
 
     def _put(self, line: str) -> None:
-        if self._file is None:
-            sys.stdout.write(line)
-        else:
-            self._file._append(line.encode())
+        sys.stdout.write(line)
+
+
+class JsonLinesFile(JsonLines):
+    """The same in a file that appears when it is whole."""
+
+    def __init__(self, path: Path, dtype: DataType) -> None:
+        super().__init__(dtype)
+        self._file = _FileSink(path)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    def _put(self, line: str) -> None:
+        with self._file._reported():
+            self._file._stream.write(line.encode())
 
 
 def _numbers(rows: Any) -> list[list[float]]:  # noqa: ANN401 - an array of any of the four types
@@ -230,7 +219,7 @@ class Table:
     def __init__(self) -> None:
         self._empty = True
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
