@@ -74,7 +74,9 @@ def _readable(model: Path) -> ModelSpec:
 
 def _check_texts(texts: Sequence[str]) -> None:
     if isinstance(texts, str):
-        raise InvalidOptionError("texts", expected="a list of texts", found="one str", remedy="Put it in a list.")
+        raise InvalidOptionError(
+            "texts", expected="a list of texts", found="one str", remedy="Put it in a list."
+        )
     different = len(set(texts))
     if different < 2:
         raise InputError(

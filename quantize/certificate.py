@@ -23,6 +23,7 @@ from qingyu.runtime.vectors import unit
 __all__ = ["BANDS", "Certificate", "Cosines", "compare", "neighbour_overlap"]
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 # Upper bounds of text length in tokens. Short texts average their rounding errors over fewer tokens.
 BANDS = (16, 64, 256, 1 << 20)
@@ -98,17 +99,19 @@ def _nearest(vectors: Floats, neighbours: int) -> NDArray[np.intp]:
     return np.argpartition(-cosines, neighbours, axis=1)[:, :neighbours]
 
 
-def _row_cosines(a: Floats, b: Floats) -> NDArray[np.float64]:
+def _row_cosines(a: Floats, b: Floats) -> Doubles:
     # In float64: the differences of interest are near the rounding of float32.
-    return np.einsum("nd,nd->n", *(_unit64(vectors) for vectors in (a, b)))
+    cosines: Doubles = np.einsum("nd,nd->n", *(_unit64(vectors) for vectors in (a, b)))
+    return cosines
 
 
-def _unit64(vectors: Floats) -> NDArray[np.float64]:
+def _unit64(vectors: Floats) -> Doubles:
     wide = vectors.astype(np.float64)
-    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-30)
+    lengths: Doubles = np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide / np.maximum(lengths, 1e-30)
 
 
-def _summary(cosines: NDArray[np.float64]) -> Cosines:
+def _summary(cosines: Doubles) -> Cosines:
     return Cosines(
         texts=len(cosines),
         mean=float(cosines.mean()),

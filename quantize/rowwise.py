@@ -9,7 +9,6 @@ Tables (words, positions) are int8 with a scale for each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,10 +96,9 @@ class RowwiseLinear:
         product = graph.node("Mul", [product, prepared.scales])
         return graph.node("Add", [product, graph.weight(f"{name}.bias", bias)])
 
-    def lookup(
-        self, graph: GraphBuilder, name: str, table: Floats, select: Callable[[str], str]
-    ) -> str:
-        """The selected rows of a table stored as int8 with a scale for each row."""
+    def embed(self, graph: GraphBuilder, name: str, table: Floats, ids: str) -> str:
+        """The rows of a table at ``ids``, stored as int8 with a scale for each row."""
         codes, scales = quantize_rows(table)
-        chosen = graph.node("Cast", [select(graph.weight(f"{name}.codes", codes))], attributes={"to": FLOAT})
-        return graph.node("Mul", [chosen, select(graph.weight(f"{name}.scales", scales))])
+        chosen = graph.node("Gather", [graph.weight(f"{name}.weight.codes", codes), ids])
+        scale = graph.node("Gather", [graph.weight(f"{name}.weight.scales", scales), ids])
+        return graph.node("Mul", [graph.node("Cast", [chosen], attributes={"to": FLOAT}), scale])

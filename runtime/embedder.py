@@ -67,7 +67,7 @@ class Report:
                 "vocabulary, so the vectors say little about these texts. Is the text Chinese, and is the model "
                 "made for it? `Embedder.tokenize(text)` shows which tokens are unknown.",
                 UnknownTokenWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -271,7 +271,10 @@ class Embedder:
         to_unit = self.spec.normalize if normalize is None else normalize
         if long_text not in ("truncate", "error"):
             raise InvalidOptionError(
-                "long_text", expected="'truncate' or 'error'", found=repr(long_text), remedy="Use one of them."
+                "long_text",
+                expected="'truncate' or 'error'",
+                found=repr(long_text),
+                remedy="Use one of them.",
             )
 
         def encoded() -> Iterator[tuple[list[str], list[EncodedText]]]:
@@ -348,7 +351,10 @@ def _check_dim(dim: int | None, spec: ModelSpec) -> int:
         return spec.dim
     if not 1 <= dim <= spec.dim:
         raise InvalidOptionError(
-            "dim", expected=f"1 to {spec.dim}", found=str(dim), remedy=f"{spec.name} has {spec.dim} dimensions."
+            "dim",
+            expected=f"1 to {spec.dim}",
+            found=str(dim),
+            remedy=f"{spec.name} has {spec.dim} dimensions.",
         )
     return dim
 

@@ -116,7 +116,9 @@ def read_spec(folder: Path) -> ModelSpec:
     remedy = "Make one with `qingyu export CHECKPOINT FOLDER`."
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing there"
-        raise ModelNotFoundError(f"no model at {folder}", expected="a model folder", found=found, remedy=remedy)
+        raise ModelNotFoundError(
+            f"no model at {folder}", expected="a model folder", found=found, remedy=remedy
+        )
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder"
         raise ModelNotFoundError(f"no model in {folder}", expected=MANIFEST, found=found, remedy=remedy)
@@ -266,7 +268,9 @@ def _decode_dataclass(kind: Any, value: Any, origin: str, where: str) -> Any:  #
     fields = {f.name: f for f in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
     for name in value.keys() - fields.keys():
-        _refuse(origin, prefix + name, "a field of this format", "an unknown field", "Remove it or update qingyu.")
+        _refuse(
+            origin, prefix + name, "a field of this format", "an unknown field", "Remove it or update qingyu."
+        )
     missing = [
         name
         for name, f in fields.items()
@@ -280,7 +284,13 @@ def _decode_dataclass(kind: Any, value: Any, origin: str, where: str) -> Any:  #
 def _expect(holds: bool, value: Any, expected: str, origin: str, where: str) -> Any:  # noqa: ANN401
     if not holds:
         shown = repr(value)
-        _refuse(origin, where, expected, shown if len(shown) <= 80 else shown[:77] + "...", "Export the model again.")
+        _refuse(
+            origin,
+            where,
+            expected,
+            shown if len(shown) <= 80 else shown[:77] + "...",
+            "Export the model again.",
+        )
     return value
 
 
@@ -305,8 +315,16 @@ def _check(spec: ModelSpec, origin: str) -> None:
         assert isinstance(value, int)
         _expect(least <= value <= most, value, f"a number from {least} to {most}", origin, where)
     sizes = spec.architecture
-    _expect(sizes.hidden_size % sizes.heads == 0, sizes.heads, f"a divisor of {sizes.hidden_size}", origin, "heads")
-    _expect(spec.max_tokens <= sizes.max_positions, spec.max_tokens, "at most max_positions", origin, "max_tokens")
+    _expect(
+        sizes.hidden_size % sizes.heads == 0,
+        sizes.heads,
+        f"a divisor of {sizes.hidden_size}",
+        origin,
+        "heads",
+    )
+    _expect(
+        spec.max_tokens <= sizes.max_positions, spec.max_tokens, "at most max_positions", origin, "max_tokens"
+    )
     eps = sizes.layer_norm_eps
     _expect(math.isfinite(eps) and 0 < eps < 1, eps, "between 0 and 1", origin, "architecture.layer_norm_eps")
     for name, record in spec.files.items():
@@ -319,4 +337,10 @@ def _check(spec: ModelSpec, origin: str) -> None:
     for name in (spec.graph, "tokenizer.json"):
         _expect(name in spec.files, sorted(spec.files), f"a record of {name}", origin, "files")
     if spec.default_prompt is not None:
-        _expect(spec.default_prompt in spec.prompts, spec.default_prompt, "a name in prompts", origin, "default_prompt")
+        _expect(
+            spec.default_prompt in spec.prompts,
+            spec.default_prompt,
+            "a name in prompts",
+            origin,
+            "default_prompt",
+        )

@@ -31,7 +31,8 @@ def unit(vectors: Floats) -> Floats:
     The floor is that of ``torch.nn.functional.normalize``, so that both give the same for a zero vector.
     """
     lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
-    return (vectors / np.maximum(lengths, 1e-12)[:, None]).astype(np.float32, copy=False)
+    scaled: Floats = (vectors / np.maximum(lengths, 1e-12)[:, None]).astype(np.float32, copy=False)
+    return scaled
 
 
 def cosine(a: Floats, b: Floats) -> Floats:
@@ -40,7 +41,8 @@ def cosine(a: Floats, b: Floats) -> Floats:
     >>> cosine(np.float32([[3, 4]]), np.float32([[3, 4], [4, -3]])).tolist()
     [[1.0, 0.0]]
     """
-    return np.clip(unit(a) @ unit(b).T, -1.0, 1.0)
+    table: Floats = np.clip(unit(a) @ unit(b).T, -1.0, 1.0)
+    return table
 
 
 def to_float16(vectors: Floats) -> NDArray[np.float16]:

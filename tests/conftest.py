@@ -13,7 +13,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():
-        pytest.skip(f"needs {name}/ of the shared files, which lie beside the checkout where they are at hand")
+        pytest.skip(
+            f"needs {name}/ of the shared files, which lie beside the checkout where they are at hand"
+        )
     return folder
 
 

@@ -84,7 +84,8 @@ def test_standard_input_is_read_when_no_text_is_given(run, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind", "columns"), [("float32", "f4", 32), ("float16", "f2", 32), ("int8", "i1", 32), ("binary", "u1", 4)]
+    ("dtype", "kind", "columns"),
+    [("float32", "f4", 32), ("float16", "f2", 32), ("int8", "i1", 32), ("binary", "u1", 4)],
 )
 def test_npy_output_has_a_row_for_each_line(run, tiny_model, tmp_path, dtype, kind, columns):
     lines = [TEXTS[n % 3] * (n % 4) for n in range(300)]
@@ -112,7 +113,9 @@ def test_no_lines_give_an_array_of_no_rows(run, tiny_model, tmp_path):
 def test_a_failed_run_leaves_the_old_output(run, tiny_model, tmp_path):
     output = tmp_path / "v.npy"
     output.write_bytes(b"old")
-    code, _, err = run("embed", "--model", tiny_model, "--output", output, stdin="好\n".encode() * 500 + b"\xff\n")
+    code, _, err = run(
+        "embed", "--model", tiny_model, "--output", output, stdin="好\n".encode() * 500 + b"\xff\n"
+    )
     assert code == 3
     assert "line 501 is not text: expected UTF-8, found byte 0xff at column 1" in err
     assert output.read_bytes() == b"old"
@@ -120,7 +123,9 @@ def test_a_failed_run_leaves_the_old_output(run, tiny_model, tmp_path):
 
 
 def test_options_reach_the_embedder(run, tiny_model):
-    _, out, _ = run("embed", "--model", tiny_model, "--prompt", "query", "--dim", "8", "--no-normalize", "今天")
+    _, out, _ = run(
+        "embed", "--model", tiny_model, "--prompt", "query", "--dim", "8", "--no-normalize", "今天"
+    )
     with Embedder.open(tiny_model) as embedder:
         expected = embedder.embed("今天", prompt="query", dim=8, normalize=False)
     assert np.array_equal(np.float32([rows(out)[0]["vector"]]), expected)
@@ -201,14 +206,42 @@ def mistakes(tmp_path, model, checkpoint):
         "no such file": (3, ["embed", "--model", model, "--input", tmp_path / "none"], "No such file"),
         "a folder as file": (3, ["embed", "--model", model, "--input", tmp_path], "Is a directory"),
         "not gzip": (3, ["embed", "--model", model, "--input", checkpoint / "x.gz"], "cannot read"),
-        "wrong type": (3, ["embed", "--model", model, "--input", tmp_path / "bad.jsonl"], "a string in the field 'text'"),
-        "not JSON": (3, ["embed", "--model", model, "--input", tmp_path / "broken.jsonl"], "line 1 is not JSON"),
-        "short row": (3, ["embed", "--model", model, "--input", tmp_path / "short.tsv"], "at least 2 columns"),
-        "no column": (3, ["embed", "--model", model, "--input", tmp_path / "short.tsv", "--field", "b"], "no column 'b'"),
-        "fields of lines": (3, ["embed", "--model", model, "--input", tmp_path / "x.txt", "--field", "b"], "cannot read"),
+        "wrong type": (
+            3,
+            ["embed", "--model", model, "--input", tmp_path / "bad.jsonl"],
+            "a string in the field 'text'",
+        ),
+        "not JSON": (
+            3,
+            ["embed", "--model", model, "--input", tmp_path / "broken.jsonl"],
+            "line 1 is not JSON",
+        ),
+        "short row": (
+            3,
+            ["embed", "--model", model, "--input", tmp_path / "short.tsv"],
+            "at least 2 columns",
+        ),
+        "no column": (
+            3,
+            ["embed", "--model", model, "--input", tmp_path / "short.tsv", "--field", "b"],
+            "no column 'b'",
+        ),
+        "fields of lines": (
+            3,
+            ["embed", "--model", model, "--input", tmp_path / "x.txt", "--field", "b"],
+            "cannot read",
+        ),
         "two sources": (3, ["embed", "--model", model, "--input", "-", "好"], "two sources of text"),
-        "odd output": (5, ["embed", "--model", model, "--output", tmp_path / "v.csv", "好"], ".npy or .jsonl"),
-        "no folder": (5, ["embed", "--model", model, "--output", tmp_path / "no" / "v.npy", "好"], "cannot write"),
+        "odd output": (
+            5,
+            ["embed", "--model", model, "--output", tmp_path / "v.csv", "好"],
+            ".npy or .jsonl",
+        ),
+        "no folder": (
+            5,
+            ["embed", "--model", model, "--output", tmp_path / "no" / "v.npy", "好"],
+            "cannot write",
+        ),
         "surrogate": (3, ["embed", "--model", model, "a\ud800"], "surrogate"),
         "one text": (3, ["similarity", "--model", model, "好"], "expected 2 to 2000, found 1"),
         "threads": (3, ["embed", "--model", model, "--threads", "999", "好"], "threads"),
@@ -216,7 +249,11 @@ def mistakes(tmp_path, model, checkpoint):
         "no checkpoint": (4, ["export", tmp_path / "none", tmp_path / "out"], "none"),
         "onto itself": (5, ["export", checkpoint, checkpoint], "outside the checkpoint"),
         "no prompt": (3, ["export", checkpoint, tmp_path / "out", "--prompt", "query"], "NAME=TEXT"),
-        "one text only": (3, ["quantize", model, tmp_path / "out", "--texts", tmp_path / "one.txt"], "at least 2"),
+        "one text only": (
+            3,
+            ["quantize", model, tmp_path / "out", "--texts", tmp_path / "one.txt"],
+            "at least 2",
+        ),
     }
 
 

@@ -28,7 +28,15 @@ from qingyu.errors import (
 from qingyu.runtime.embedder import Report
 from qingyu.runtime.vectors import unit
 
-TEXTS = ["今天天气真好", "外面阳光明媚。", "股票大跌!", "怎么修改登录密码", "a", "", "人工智能正在改变医疗、教育和交通。" * 3]
+TEXTS = [
+    "今天天气真好",
+    "外面阳光明媚。",
+    "股票大跌!",
+    "怎么修改登录密码",
+    "a",
+    "",
+    "人工智能正在改变医疗、教育和交通。" * 3,
+]
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +246,9 @@ if pid == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 assert np.allclose(e.embed(texts), before, atol=1e-6)
 """
-    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -341,4 +351,8 @@ def test_public_names_are_all_there():
 
 
 def test_the_fixture_model_is_not_changed_by_the_tests(tiny_model):
-    assert sorted(path.name for path in Path(tiny_model).iterdir()) == ["model.onnx", "qingyu.json", "tokenizer.json"]
+    assert sorted(path.name for path in Path(tiny_model).iterdir()) == [
+        "model.onnx",
+        "qingyu.json",
+        "tokenizer.json",
+    ]

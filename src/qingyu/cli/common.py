@@ -26,7 +26,9 @@ def new_command(commands: Any, name: str, summary: str, example: str) -> argpars
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --model and the options of ``Embedder.open``."""
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="a model folder, or a name in $QINGYU_HOME")
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a model folder, or a name in $QINGYU_HOME"
+    )
     parser.add_argument("--prompt", metavar="P", help="query, passage, or the text to put before each input")
     parser.add_argument(
         "--profile",

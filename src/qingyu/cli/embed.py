@@ -31,7 +31,11 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     )
     parser.add_argument("--dim", type=int, metavar="N", help="keep the first N values, then normalize")
     parser.add_argument(
-        "--no-normalize", dest="normalize", action="store_false", default=None, help="leave lengths as they are"
+        "--no-normalize",
+        dest="normalize",
+        action="store_false",
+        default=None,
+        help="leave lengths as they are",
     )
     parser.add_argument(
         "--long-text",
@@ -50,8 +54,13 @@ def run(options: argparse.Namespace) -> int:
 
     texts, total = from_arguments(options)
     report = Report()
-    with open_embedder(options) as embedder, open_sink(options.output, options.dtype, json_lines=options.json) as sink:
-        sink.write(Block([], embedder.embed([], dim=options.dim)))  # no texts give an array of no rows, not no file
+    with (
+        open_embedder(options) as embedder,
+        open_sink(options.output, options.dtype, json_lines=options.json) as sink,
+    ):
+        sink.write(
+            Block([], embedder.embed([], dim=options.dim))
+        )  # no texts give an array of no rows, not no file
         blocks = embedder.embed_stream(
             texts,
             prompt=options.prompt,
@@ -62,7 +71,9 @@ def run(options: argparse.Namespace) -> int:
         )
         counted = ((len(block.texts), block) for block in blocks)
         # A bar beside a table or JSON lines on the same terminal would only tear both.
-        for block in progress_bar(counted, total=total) if options.output else (block for _, block in counted):
+        for block in (
+            progress_bar(counted, total=total) if options.output else (block for _, block in counted)
+        ):
             sink.write(block)
     print_report(report, embedder.spec.max_tokens)
     return 0

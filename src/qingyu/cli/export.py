@@ -24,7 +24,11 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     parser.add_argument("output", metavar="FOLDER", type=Path, help="model folder to make")
     parser.add_argument("--name", help="name in the manifest (default: the checkpoint folder's)")
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="NAME=TEXT", help="add or replace a prompt; repeatable"
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="add or replace a prompt; repeatable",
     )
     parser.add_argument(
         "--pooling",
@@ -68,5 +72,7 @@ def run(options: argparse.Namespace) -> int:
 def _named(pair: str) -> tuple[str, str]:
     name, separator, text = pair.partition("=")
     if not separator or not name:
-        raise InvalidOptionError("--prompt", expected="NAME=TEXT", found=repr(pair), remedy="For example query=查询：")
+        raise InvalidOptionError(
+            "--prompt", expected="NAME=TEXT", found=repr(pair), remedy="For example query=查询："
+        )
     return name, text

@@ -35,12 +35,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _facts(spec: ModelSpec) -> dict[str, object]:
     sizes = spec.architecture
-    shape = f"{sizes.layers} layers, hidden {sizes.hidden_size}, {sizes.heads} heads, vocabulary {sizes.vocab_size:,}"
+    layers = f"{sizes.layers} layers, hidden {sizes.hidden_size}, {sizes.heads} heads"
     return {
         "name": spec.name,
         "task": spec.task,
-        "model": f"{sizes.model_type}: {shape}",
-        "vectors": f"{spec.dim} dimensions, {spec.pooling} pooling, {'length 1' if spec.normalize else 'not normalized'}",
+        "model": f"{sizes.model_type}: {layers}, vocabulary {sizes.vocab_size:,}",
+        "vectors": f"{spec.dim} dimensions, {spec.pooling} pooling, " + ("length 1" if spec.normalize else "not normalized"),
         "reads": f"at most {spec.max_tokens} tokens, {'lower-cased' if spec.lowercase else 'case kept'}",
         "prompts": dict(spec.prompts) or "none",
         "default prompt": spec.default_prompt or "none",

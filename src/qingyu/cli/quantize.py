@@ -20,13 +20,21 @@ EXAMPLE = "qingyu quantize out/e5 out/e5-int8 --texts sentences.txt"
 
 def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers type
     """Add the command."""
-    parser = new_command(commands, "quantize", "make an INT8 model folder and measure it against FP32", EXAMPLE)
+    parser = new_command(
+        commands, "quantize", "make an INT8 model folder and measure it against FP32", EXAMPLE
+    )
     parser.add_argument("model", metavar="FOLDER", type=Path, help="FP32 model folder")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="INT8 model folder to make")
-    parser.add_argument("--texts", required=True, metavar="FILE", help="texts to measure on, - for standard input")
+    parser.add_argument(
+        "--texts", required=True, metavar="FILE", help="texts to measure on, - for standard input"
+    )
     add_file_arguments(parser)
     parser.add_argument(
-        "--max-texts", type=int, default=2000, metavar="N", help="measure on the first N (default: %(default)s)"
+        "--max-texts",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="measure on the first N (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
     parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
@@ -37,7 +45,9 @@ def run(options: argparse.Namespace) -> int:
     """Quantize, and print the certificate."""
     from qingyu.quantize import quantize
 
-    texts = list(islice(read_texts(options.texts, form=options.format, field=options.field), options.max_texts))
+    texts = list(
+        islice(read_texts(options.texts, form=options.format, field=options.field), options.max_texts)
+    )
     spec = quantize(options.model, options.output, texts=texts, overwrite=options.overwrite)
     certificate = dict(spec.certificate or {})
     if options.json:

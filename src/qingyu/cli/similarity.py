@@ -39,7 +39,12 @@ def run(options: argparse.Namespace) -> int:
     matrix = cosine(vectors, vectors)
     rows = matrix if options.matrix else matrix[:1]
     if options.json:
-        print(json.dumps({"texts": texts, "cosine": [[round(float(x), 6) for x in row] for row in rows]}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"texts": texts, "cosine": [[round(float(x), 6) for x in row] for row in rows]},
+                ensure_ascii=False,
+            )
+        )
     elif options.matrix:
         print(_matrix_table(texts, matrix))
     else:

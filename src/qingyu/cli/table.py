@@ -42,7 +42,9 @@ def clip(text: str, cells: int) -> str:
     return "".join(kept) + "…"
 
 
-def render(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> str:
+def render(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()
+) -> str:
     """A table as text; the columns in ``right`` are aligned to the right, as figures are."""
     lines = [list(header), *map(list, rows)]
     widths = [max(width(line[column]) for line in lines) for column in range(len(header))]
@@ -60,7 +62,9 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: froze
 def facts(values: Mapping[str, object]) -> str:
     """Names and values, one a line, values aligned."""
     cells = max(map(width, values))
-    return "\n".join(f"{name}{' ' * (cells - width(name))}  {_shown(value)}" for name, value in values.items())
+    return "\n".join(
+        f"{name}{' ' * (cells - width(name))}  {_shown(value)}" for name, value in values.items()
+    )
 
 
 def _shown(value: object) -> str:

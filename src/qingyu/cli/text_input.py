@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, cast
 
 from qingyu.errors import DataFileError
 
@@ -25,7 +25,9 @@ DEFAULT_FIELD = "text"
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Add TEXT ..., --input, --format and --field."""
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, --input or standard input")
+    parser.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="texts; without any, --input or standard input"
+    )
     parser.add_argument("--input", metavar="FILE", help="read texts from FILE, - for standard input")
     add_file_arguments(parser)
 
@@ -86,8 +88,8 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
         yield sys.stdin.buffer
         return
     try:
-        with gzip.open(source) if source.endswith(".gz") else Path(source).open("rb") as stream:
-            yield stream
+        with Path(source).open("rb") as stream:
+            yield cast("IO[bytes]", gzip.GzipFile(fileobj=stream)) if source.endswith(".gz") else stream
     except (OSError, EOFError) as error:
         if isinstance(error, BrokenPipeError):
             raise  # of the output, while this file was open

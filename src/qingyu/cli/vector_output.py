@@ -231,7 +231,9 @@ class Table:
         """Print the block's rows."""
         for text, vector in zip(block.texts, block.vectors, strict=True):
             if self._empty:
-                print(f"{'text':<{TEXT_CELLS}}  dim   first values  (all of them: --json or --output FILE.npy)")
+                print(
+                    f"{'text':<{TEXT_CELLS}}  dim   first values  (all of them: --json or --output FILE.npy)"
+                )
                 self._empty = False
             shown = clip(text, TEXT_CELLS)
             values = " ".join(f"{value:+.4f}" for value in vector[:5])
