@@ -1,0 +1,335 @@
+"""The front end: Chinese text to token ids, exactly as the reference tokenizer of the model gives them.
+
+All normalization that belongs to the model (lower-casing, cleaning, splitting at Han characters) is in the
+model folder's tokenizer.json. Added here: prompts, truncation, the window cut for long texts
+(``qingyu.runtime.windows``), NFKC on request, counts of unknown tokens, and typed errors.
+Not here: padding (``TokenBatch``), and the words of warnings (the tasks).
+
+Calls of the ``tokenizers`` library are one text at a time: ``encode_batch`` starts threads of its own, which
+compete with the model's workers and make a forked child print a warning or hang. Measured on the two sets of
+texts in the tests (CPU microseconds a token, tokenizers 0.22.2, one core of an AMD EPYC):
+
+    ===================== ============ =================== ===============================
+    tokenizer, texts      ``encode``   ``encode_batch``    ``encode_batch_fast`` (no offsets)
+    ===================== ============ =================== ===============================
+    BERT, sentences       0.93         1.14                1.34
+    BERT, documents       0.75         0.81                0.65
+    Unigram, sentences    0.78         0.78                0.59
+    Unigram, documents    0.70         0.73                0.55
+    ===================== ============ =================== ===============================
+
+The model itself takes 67 microseconds a token, so the choice is about threads, not speed. ``encode`` holds
+the interpreter lock, for half a millisecond per text at most, as the window cut bounds what it is given.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qingyu.errors import InvalidOptionError, InvalidTextError, TokenizerError
+from qingyu.runtime.windows import Head, Part, Rules, View, encode_head, rules_for
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from tokenizers import Tokenizer as Backend
+
+__all__ = ["EncodedText", "SpecialTokens", "TokenizedText", "Tokenizer", "UnicodeForm"]
+
+SpecialTokens = Literal["parse", "text"]
+UnicodeForm = Literal["NFKC"]
+
+FILE_LIMIT = 64 << 20  # bytes; the largest in use, XLM-R's quarter million pieces, has 17 MB
+_REMEDY = "Export the model again, from a checkpoint that you trust."
+_PADDING = ("[PAD]", "<pad>")
+# What a text may hold and a broken tokenizer.json may fail at: nothing, a word, Han, a character of no vocabulary.
+_PROBES = ("", "a", "a 中文。", "\x00 é ａ", "\U0010fffd")
+
+
+@dataclass(frozen=True, eq=False)  # an array has no single truth value
+class EncodedText:
+    """Token ids of one text, ready for the model.
+
+    ``ids``: int64, shape (tokens,), special tokens included, at most ``max_tokens``. ``unknown``: how many of
+    them are the unknown token. ``truncated``: whether text was left over.
+    """
+
+    ids: NDArray[np.int64]
+    unknown: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """The same for people: one entry per token in every field.
+
+    ``offsets`` are (start, end) positions in the ``str`` that was passed, so ``text[start:end]`` is what the
+    token was made from, before normalization. Tokens that stand for no text of the caller, the special
+    tokens put around it and the prompt, have (0, 0). ``special`` marks the tokens put around the text, and
+    not those that were typed in it.
+    """
+
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    special: tuple[bool, ...]
+    truncated: bool
+
+
+class Tokenizer:
+    """Token ids of any text, equal to the reference's. Thread-safe, fork-safe, and starts no threads.
+
+    ``pad_id`` is the id that the file names for padding, or of ``[PAD]`` or ``<pad>``, or 0: the attention
+    mask hides it in any case. ``unknown_id`` is ``None`` for tokenizers that know every character.
+    """
+
+    pad_id: int
+    unknown_id: int | None
+    max_tokens: int
+
+    def __init__(self, backend: Backend, *, max_tokens: int, window: int | None = None) -> None:
+        """``backend`` without truncation and padding; ``window`` in characters is for tests."""
+        self.max_tokens = max_tokens
+        self._backend = backend
+        self._prefix, self._suffix = _template(backend)
+        self._room = max_tokens - len(self._prefix) - len(self._suffix)
+        if self._room < 1:
+            least = len(self._prefix) + len(self._suffix) + 1
+            _refuse_option("max_tokens", f"at least {least}, as special tokens count", max_tokens)
+        self.unknown_id = _unknown_id(backend)
+        self.pad_id = next((i for i in map(backend.token_to_id, _PADDING) if i is not None), 0)
+        # Chinese has about 1 character a token in BERT, 1.5 in XLM-R. A window too small costs a second
+        # one; a window too large is tokenized in vain.
+        self._window = window or self._room + self._room // 2 + 64
+
+    @classmethod
+    def from_file(
+        cls,
+        path: Path,
+        *,
+        max_tokens: int,
+        special_tokens: SpecialTokens = "parse",
+        unicode_form: UnicodeForm | None = None,
+    ) -> Tokenizer:
+        """The tokenizer of a model folder's tokenizer.json.
+
+        ``special_tokens``: a typed ``[MASK]`` is the special token (``"parse"``, as in the reference) or the
+        characters that it is written with (``"text"``). ``unicode_form="NFKC"`` makes full-width letters,
+        compatibility ideographs and the like their ordinary forms first; the reference does not.
+
+        Raises ``TokenizerError`` for a file that cannot be read or used, whatever is in it, and
+        ``InvalidOptionError``.
+        """
+        if special_tokens not in get_args(SpecialTokens):
+            _refuse_option("special_tokens", '"parse" or "text"', special_tokens)
+        if unicode_form not in (None, *get_args(UnicodeForm)):
+            _refuse_option("unicode_form", '"NFKC" or None', unicode_form)
+        content = _read(path)
+        with _converted(f"{path} is not a usable tokenizer"):
+            backend, pad_id = _open(content)
+            if unicode_form is not None:
+                _prepend_nfkc(backend)
+            backend.encode_special_tokens = special_tokens == "text"
+            for probe in _PROBES:
+                backend.encode(probe)
+            tokenizer = cls(backend, max_tokens=max_tokens)
+        if pad_id is not None:
+            tokenizer.pad_id = pad_id
+        return tokenizer
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id that can occur, which a model's embedding table must reach."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=0)
+
+    def encode(self, texts: Sequence[str], *, prompt: str = "") -> list[EncodedText]:
+        """Ids of each text, with ``prompt`` put before it as it stands.
+
+        Raises ``InvalidTextError`` before any work if a text is not valid, and ``TokenizerError`` if the
+        tokenizer breaks down on one.
+        """
+        _check_texts(texts, prompt)
+        with _converted("the tokenizer failed on a text"):
+            return [self._encode(prompt + text) for text in texts]
+
+    def tokenize(self, text: str, *, prompt: str = "") -> TokenizedText:
+        """The tokens that ``encode`` gives, with where each came from; raises the same errors."""
+        _check_texts([text], prompt)
+        with _converted("the tokenizer failed on a text"):
+            head = self._head(prompt + text)
+            content = [token for part in head.parts for token in _described(part, len(prompt))]
+        kept = content[: self._room]
+        before = [(self._name(number), number, (0, 0)) for number in self._prefix]
+        after = [(self._name(number), number, (0, 0)) for number in self._suffix]
+        rows = [*before, *kept, *after]
+        return TokenizedText(
+            tokens=tuple(row[0] for row in rows),
+            ids=tuple(row[1] for row in rows),
+            offsets=tuple(row[2] for row in rows),
+            special=(True,) * len(before) + (False,) * len(kept) + (True,) * len(after),
+            truncated=head.limited or len(content) > self._room,
+        )
+
+    def _encode(self, text: str) -> EncodedText:
+        head = self._head(text)
+        content = [number for part in head.parts for number in part.encoding.ids]
+        ids = [*self._prefix, *content[: self._room], *self._suffix]
+        unknown = 0 if self.unknown_id is None else ids.count(self.unknown_id)
+        truncated = head.limited or len(content) > self._room
+        return EncodedText(np.array(ids, dtype=np.int64), unknown, truncated)
+
+    def _head(self, text: str) -> Head:
+        if len(text) <= self._window or self._rules is None:
+            return Head([Part(self._bare(text), View(text, 0, len(text)))], limited=False)
+        # One token more than fits tells whether the text was truncated.
+        return encode_head(text, self._room + 1, self._bare, self._rules, self._window)
+
+    @cached_property
+    def _rules(self) -> Rules | None:
+        return rules_for(self._backend)
+
+    def _bare(self, text: str) -> Encoding:
+        return self._backend.encode(text, add_special_tokens=False)
+
+    def _name(self, number: int) -> str:
+        return self._backend.id_to_token(number) or ""
+
+
+def _described(part: Part, skipped: int) -> Iterator[tuple[str, int, tuple[int, int]]]:
+    """Token, id and offsets of a part, counted from ``skipped`` characters into the tokenized text."""
+    encoding, origin = part.encoding, part.view.origin
+    for token, number, (start, end) in zip(encoding.tokens, encoding.ids, encoding.offsets, strict=True):
+        yield token, number, (max(0, origin(start) - skipped), max(0, origin(end) - skipped))
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _check_texts(texts: Sequence[str], prompt: str) -> None:
+    if isinstance(texts, str):
+        raise InvalidTextError(
+            "texts is one str",
+            expected="a sequence of str",
+            found=f"a str of {len(texts)} characters",
+            remedy="Put it in a list.",
+        )
+    _check_text(prompt, "the prompt")
+    for index, text in enumerate(texts):
+        _check_text(text, f"text {index}")
+
+
+def _check_text(text: object, name: str) -> None:
+    if not isinstance(text, str):
+        raise InvalidTextError(
+            f"{name} is not text",
+            expected="str",
+            found=type(text).__name__,
+            remedy="Decode bytes, and replace missing values, before embedding.",
+        )
+    if text.isascii():
+        return
+    # In pieces, so that ten megabytes need no copy of ten megabytes. Encoding is faster than a regex.
+    for start in range(0, len(text), 1 << 16):
+        try:
+            text[start : start + (1 << 16)].encode("utf-16-le")
+        except UnicodeEncodeError as error:
+            position = start + error.start
+            raise InvalidTextError(
+                f"{name} is not Unicode text",
+                expected="no lone surrogates",
+                found=f"U+{ord(text[position]):04X} at position {position}",
+                remedy='Decode the source again, or use text.encode("utf-8", "replace").decode().',
+            ) from None
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a regular file of at most ``FILE_LIMIT``; a pipe or device is not even opened."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            _refuse_file(path, "a file", "a folder" if stat.S_ISDIR(status.st_mode) else "a special file")
+        if status.st_size > FILE_LIMIT:
+            _refuse_file(path, f"at most {FILE_LIMIT} bytes", f"{status.st_size} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        _refuse_file(path, "a readable file", error.strerror or type(error).__name__)
+
+
+def _refuse_file(path: Path, expected: str, found: str) -> NoReturn:
+    raise TokenizerError(f"{path} cannot be read", expected=expected, found=found, remedy=_REMEDY)
+
+
+def _refuse_option(name: str, expected: str, found: object) -> NoReturn:
+    raise InvalidOptionError(
+        f"{name} is out of range", expected=expected, found=repr(found), remedy=f"Change {name}."
+    )
+
+
+@contextmanager
+def _converted(problem: str) -> Iterator[None]:
+    """Whatever ``tokenizers`` raises, as ``TokenizerError``.
+
+    Its panics are ``BaseException`` of a class that cannot be imported, hence known by name.
+    """
+    try:
+        yield
+    except (InvalidOptionError, TokenizerError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        found = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TokenizerError(
+            problem, expected="what `tokenizers` can use", found=found, remedy=_REMEDY
+        ) from None
+
+
+def _open(content: bytes) -> tuple[Backend, int | None]:
+    """The library's tokenizer without its truncation and padding, and the id it would have padded with."""
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_buffer(content)
+    padding = backend.padding or {}
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, backend.token_to_id(str(padding.get("pad_token", "")))
+
+
+def _prepend_nfkc(backend: Backend) -> None:
+    from tokenizers import normalizers
+
+    own = backend.normalizer
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), *([] if own is None else [own])])
+
+
+def _template(backend: Backend) -> tuple[list[int], list[int]]:
+    """The ids put before and after every text by the post-processor, learnt from a probe."""
+    whole = backend.encode("a 中文。")
+    content = backend.encode("a 中文。", add_special_tokens=False).ids
+    inside = [number for number, sequence in enumerate(whole.sequence_ids) if sequence is not None]
+    start, stop = (inside[0], inside[-1] + 1) if inside else (0, 0)
+    if not content or whole.ids[start:stop] != content:
+        raise TokenizerError(
+            "the post-processor cannot be used",
+            expected="special tokens before and after the text, and the text once between",
+            found=f"tokens {whole.tokens[:8]}",
+            remedy=_REMEDY,
+        )
+    return whole.ids[:start], whole.ids[stop:]
+
+
+def _unknown_id(backend: Backend) -> int | None:
+    """The id that the model gives to a private-use character, unless its vocabulary holds that too."""
+    tokens = backend.model.tokenize(_PROBES[-1])
+    if len(tokens) != 1 or backend.token_to_id(_PROBES[-1]) is not None:
+        return None
+    return int(tokens[0].id)
