@@ -6,12 +6,15 @@ Importing this loads none of them. Not here: downloading, and quantization.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from qingyu.errors import InvalidOptionError
+from qingyu.errors import CheckpointError, InvalidOptionError
 from qingyu.models.export.checkpoint import Checkpoint, read_checkpoint
+from qingyu.models.export.files import is_unicode, shown
 from qingyu.models.export.folder import check_output, new_folder, write_manifest
 from qingyu.models.export.graph import (
     INPUTS,
@@ -56,17 +59,42 @@ def export(
     ``OutputError``, ``MissingExtraError``, and ``InvalidOptionError`` for an option that makes no sense.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    _check_options(pooling, prompts, via)
+    _check_options(name, pooling, prompts, via)
     require("export", "onnx", "safetensors")
     if via == "optimum":
-        from qingyu.models.export.via_optimum import export_via_optimum
+        from qingyu.models.export.via_optimum import graph_via_optimum
 
-        return export_via_optimum(
-            checkpoint, output, name=name, hidden_states=hidden_states, prompts=prompts, pooling=pooling,
-            overwrite=overwrite,
-        )  # fmt: skip
-    source = read_checkpoint(checkpoint, pooling=pooling)
+        graph = partial(graph_via_optimum, hidden_states=hidden_states)
+    else:
+        graph = partial(_graph, hidden_states=hidden_states, progress=progress)
+    source = _read(checkpoint, pooling, any_architecture=via == "optimum")
     check_output(output, checkpoint, overwrite=overwrite)
+    with new_folder(output) as folder:
+        content, outputs = graph(source)
+        (folder / GRAPH).write_bytes(content)
+        (folder / TOKENIZER).write_bytes(source.front_end.tokenizer)
+        spec = dataclasses.replace(
+            _spec(source, outputs),
+            name=name or checkpoint.resolve().name,
+            prompts={**source.prompts, **(prompts or {})},
+        )
+        return write_manifest(folder, spec)
+
+
+def _read(checkpoint: Path, pooling: Pooling | None, *, any_architecture: bool) -> Checkpoint:
+    try:
+        return read_checkpoint(checkpoint, pooling=pooling, any_architecture=any_architecture)
+    except OSError as error:
+        remedy = "Mend the permissions, or copy the checkpoint to a disk that can be read."
+        raise CheckpointError(
+            f"{checkpoint} cannot be read", expected="a readable folder", found=str(error), remedy=remedy
+        ) from None
+
+
+def _graph(
+    source: Checkpoint, *, hidden_states: bool, progress: Callable[[int, int], None] | None
+) -> tuple[bytes, tuple[str, ...]]:
+    """The graph of a checkpoint, by the graph writer, and the names of its outputs."""
     plan = GraphPlan(
         architecture=source.architecture,
         pooling=source.pooling,
@@ -75,17 +103,12 @@ def export(
         head=tuple(dense.activation for dense in source.head),
     )
     weights = FoldedWeights(source.architecture, source.weights)
-    with new_folder(output) as folder:
-        graph = write_graph(plan, weights, FloatLinear(), progress=progress)
-        (folder / GRAPH).write_bytes(graph)
-        (folder / TOKENIZER).write_bytes(source.front_end.tokenizer)
-        spec = _spec(source, plan, name or checkpoint.resolve().name, {**source.prompts, **(prompts or {})})
-        return write_manifest(folder, spec)
+    return write_graph(plan, weights, FloatLinear(), progress=progress), output_names(plan)
 
 
-def _spec(source: Checkpoint, plan: GraphPlan, name: str, prompts: Mapping[str, str]) -> ModelSpec:
+def _spec(source: Checkpoint, outputs: tuple[str, ...]) -> ModelSpec:
     return ModelSpec(
-        name=name,
+        name=source.folder.name,
         task="embedding",
         architecture=source.architecture,
         dim=source.dim,
@@ -95,24 +118,25 @@ def _spec(source: Checkpoint, plan: GraphPlan, name: str, prompts: Mapping[str, 
         lowercase=source.front_end.lowercase,
         graph=GRAPH,
         inputs=INPUTS,
-        outputs=output_names(plan),
+        outputs=outputs,
         precision="fp32",
-        prompts=prompts,
+        prompts=source.prompts,
         default_prompt=source.default_prompt,
         source=source.source,
     )
 
 
-def _check_options(pooling: Pooling | None, prompts: Mapping[str, str] | None, via: str) -> None:
-    if via not in ("writer", "optimum"):
-        raise InvalidOptionError(
-            "via", expected="writer or optimum", found=repr(via), remedy="Choose one of them."
-        )
-    if pooling is not None and pooling not in POOLINGS:
-        known = ", ".join(POOLINGS)
-        raise InvalidOptionError("pooling", expected=known, found=repr(pooling), remedy="Choose one of them.")
+def _check_options(
+    name: str | None, pooling: Pooling | None, prompts: Mapping[str, str] | None, via: str
+) -> None:
+    _check_option("via", via, via in ("writer", "optimum"), "writer or optimum")
+    _check_option("pooling", pooling, pooling is None or pooling in POOLINGS, ", ".join(POOLINGS))
+    _check_option("name", name, name is None or is_unicode(name), "Unicode text")
     for key, text in (prompts or {}).items():
-        if not isinstance(key, str) or not isinstance(text, str):
-            found = f"{key!r}: {text!r}"
-            remedy = "Give the text that is put before each input."
-            raise InvalidOptionError("prompts", expected="names and texts", found=found, remedy=remedy)
+        _check_option("prompts", {key: text}, is_unicode(key) and is_unicode(text), "names and Unicode texts")
+
+
+def _check_option(option: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        remedy = f"Give another value for {option}."
+        raise InvalidOptionError(option, expected=expected, found=shown(value), remedy=remedy)

@@ -97,12 +97,12 @@ class GraphBuilder:
 
         self._count += 1
         name = self._free(f"{operator}_{self._count}")
-        made = onnx.helper.make_node(
-            operator, inputs, [output or f"{name}_out"], name=name, domain=domain, **(attributes or {})
-        )
-        self._taken.update((name, made.output[0]))
-        self.graph.node.append(made)
-        return str(made.output[0])
+        result = output or self._free(f"{name}_out")
+        made = self.graph.node.add(op_type=operator, name=name, domain=domain, input=inputs, output=[result])
+        for key, value in (attributes or {}).items():
+            made.attribute.append(onnx.helper.make_attribute(key, value))
+        self._taken.update((name, result))
+        return result
 
     def finish(
         self,

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from qingyu.errors import ModelNotFoundError
 from qingyu.models.export.config import (
-    MODEL_TYPES,
     check_supported,
+    model_type,
     padding_id,
     read_architecture,
     read_config,
@@ -51,6 +51,7 @@ class Checkpoint:
     """
 
     folder: Path
+    encoder_folder: Path
     architecture: Architecture
     pooling: Pooling
     normalize: bool
@@ -94,9 +95,12 @@ class CheckpointWeights(Mapping[str, NDArray[np.float32]]):
         return len(self._parts)
 
 
-def read_checkpoint(folder: Path, *, pooling: Pooling | None = None) -> Checkpoint:
+def read_checkpoint(
+    folder: Path, *, pooling: Pooling | None = None, any_architecture: bool = False
+) -> Checkpoint:
     """The checkpoint in a folder; ``pooling`` replaces what its files say.
 
+    ``any_architecture`` leaves out the check that the graph writer knows the model, and that of its weights.
     Raises ``ModelNotFoundError`` where there is no such folder, ``UnsupportedModelError`` for a kind of
     model that the graph writer does not know, ``CheckpointError`` for anything missing or damaged,
     ``TokenizerError`` for an unusable tokenizer. Weights are checked for presence and shape, not read.
@@ -104,19 +108,24 @@ def read_checkpoint(folder: Path, *, pooling: Pooling | None = None) -> Checkpoi
     check_folder(folder)
     modules = read_modules(folder, pooling=pooling)
     config = effective_config(modules)
-    check_supported(config)
+    if not any_architecture:
+        check_supported(config)
     architecture = read_architecture(config)
-    kind = MODEL_TYPES[architecture.model_type]
+    kind = model_type(config)
     weights = CheckpointWeights(
         open_weights(modules.encoder, prefix=kind.prefix),
         tuple(open_weights(dense.folder) for dense in modules.dense),
     )
-    _check_weights(folder, architecture, modules.dense, weights)
+    encoder = {} if any_architecture else _encoder_shapes(architecture)
+    _check_weights(folder, {**encoder, **_head_shapes(architecture, modules.dense)}, weights)
+    if not any_architecture:
+        _check_token_types(folder, architecture, weights)
     skipped = padding_id(config)
     usable = architecture.max_positions - (0 if skipped is None else skipped + 1)
     front_end = read_front_end(modules.encoder, config, modules.transformer, kind.tokenizer_class)
     return Checkpoint(
         folder=folder,
+        encoder_folder=modules.encoder,
         architecture=architecture,
         pooling=modules.pooling,
         normalize=modules.normalize,
@@ -165,29 +174,42 @@ def maximum_tokens(transformer: Document, front_end: FrontEnd, usable: int) -> i
     return min(stated, usable)
 
 
-def _check_weights(
-    folder: Path, sizes: Architecture, head: tuple[DenseLayer, ...], weights: CheckpointWeights
-) -> None:
-    expected = weight_shapes(sizes)
+def _encoder_shapes(sizes: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the encoder's weights as checkpoints hold them: linear ones (out, in)."""
+    shapes = weight_shapes(sizes)
     for number in range(sizes.layers):
         for name, shape in linear_shapes(sizes, number).items():
-            expected[f"{name}.weight"] = shape[::-1]
+            shapes[f"{name}.weight"] = shape[::-1]
+    return shapes
+
+
+def _head_shapes(sizes: Architecture, head: tuple[DenseLayer, ...]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
     dim = sizes.hidden_size
     for number, dense in enumerate(head):
-        expected[f"head.{number}.weight"] = (dense.out_features, dim)
+        shapes[f"head.{number}.weight"] = (dense.out_features, dim)
         if dense.bias:
-            expected[f"head.{number}.bias"] = (dense.out_features,)
+            shapes[f"head.{number}.bias"] = (dense.out_features,)
         dim = dense.out_features
+    return shapes
+
+
+def _check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], weights: CheckpointWeights) -> None:
     for name, wanted in expected.items():
         found = f"shape {weights.shape(name)}" if name in weights else "no such weight"
         if found != f"shape {wanted}":
             refuse(f"{folder}: weight {name}", expected=f"shape {wanted}", found=found)
-    rows = weights.shape(TOKEN_TYPES) if TOKEN_TYPES in weights else ()
-    if len(rows) != 2 or rows[0] < 1 or rows[1] != sizes.hidden_size:
+
+
+def _check_token_types(folder: Path, sizes: Architecture, weights: CheckpointWeights) -> None:
+    # Only row 0 is used, so any number of rows will do.
+    shape = weights.shape(TOKEN_TYPES) if TOKEN_TYPES in weights else ()
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != sizes.hidden_size:
+        expected = f"shape (types, {sizes.hidden_size})"
         refuse(
             f"{folder}: weight {TOKEN_TYPES}",
-            expected=f"shape (types, {sizes.hidden_size})",
-            found=f"shape {rows}",
+            expected=expected,
+            found=f"shape {shape}" if shape else "no such weight",
         )
 
 

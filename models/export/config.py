@@ -15,7 +15,15 @@ from qingyu.models.export.files import Document, read_object, refuse, shown
 from qingyu.models.export.graph import ACTIVATIONS
 from qingyu.runtime.spec import Architecture
 
-__all__ = ["MODEL_TYPES", "ModelType", "check_supported", "padding_id", "read_architecture", "read_config"]
+__all__ = [
+    "MODEL_TYPES",
+    "ModelType",
+    "check_supported",
+    "model_type",
+    "padding_id",
+    "read_architecture",
+    "read_config",
+]
 
 VIA_OPTIMUM = "Use `qingyu export --via optimum`, which needs the extra 'optimum'."
 
@@ -40,14 +48,24 @@ MODEL_TYPES: Mapping[str, ModelType] = {
     "xlm-roberta": ModelType("roberta.", True, 1, "XLMRobertaTokenizer"),
 }
 
-_LIMITS: Mapping[str, tuple[str, int, int]] = {
-    # Field of Architecture: field of config.json, least, most. The limits of the manifest.
-    "layers": ("num_hidden_layers", 1, 1000),
-    "hidden_size": ("hidden_size", 1, 1 << 16),
-    "heads": ("num_attention_heads", 1, 1 << 10),
-    "intermediate_size": ("intermediate_size", 1, 1 << 20),
-    "vocab_size": ("vocab_size", 1, 1 << 24),
-    "max_positions": ("max_position_embeddings", 3, 1 << 20),
+# What is taken as true of model types that only optimum exports; camembert and mpnet count as RoBERTa does.
+_OTHER = {
+    "camembert": ModelType("", True, 1, "CamembertTokenizer"),
+    "mpnet": ModelType("", True, 1, "MPNetTokenizer"),
+    "distilbert": ModelType("", False, 0, "DistilBertTokenizer"),
+    "electra": ModelType("", False, 0, "ElectraTokenizer"),
+    "convbert": ModelType("", False, 0, "ConvBertTokenizer"),
+}
+_UNKNOWN = ModelType("", False, 0, "")
+
+_LIMITS: Mapping[str, tuple[tuple[str, ...], int, int]] = {
+    # Field of Architecture: its names in config.json, least, most. The limits are those of the manifest.
+    "layers": (("num_hidden_layers", "n_layers"), 1, 1000),
+    "hidden_size": (("hidden_size", "dim"), 1, 1 << 16),
+    "heads": (("num_attention_heads", "n_heads"), 1, 1 << 10),
+    "intermediate_size": (("intermediate_size", "hidden_dim"), 1, 1 << 20),
+    "vocab_size": (("vocab_size",), 1, 1 << 24),
+    "max_positions": (("max_position_embeddings",), 3, 1 << 20),
 }
 
 _REQUIRED: Mapping[str, object] = {
@@ -87,22 +105,30 @@ def _unsupported(config: Document, name: str, expected: str, found: str) -> None
 
 def read_architecture(config: Document) -> Architecture:
     """The sizes that config.json states, within the limits of the manifest."""
-    sizes = {field: config.integer(name, least, most) for field, (name, least, most) in _LIMITS.items()}
+    sizes = {}
+    for field, (names, least, most) in _LIMITS.items():
+        name = next((name for name in names if name in config.fields), names[0])
+        sizes[field] = config.integer(name, least, most)
     if sizes["hidden_size"] % sizes["heads"]:
         found = f"{sizes['hidden_size']} and {sizes['heads']}"
         refuse(f"{config.path}: sizes", expected="hidden_size divisible by num_attention_heads", found=found)
     return Architecture(
         model_type=config.text("model_type"),
-        activation=config.text("hidden_act", default="gelu"),
+        activation=config.text("hidden_act", default=config.text("activation", default="gelu")),
         layer_norm_eps=config.number("layer_norm_eps", default=1e-12),
         **sizes,
     )
 
 
+def model_type(config: Document) -> ModelType:
+    """What sets the checkpoint's model type apart, and nothing for a type that is not in the tables."""
+    return {**MODEL_TYPES, **_OTHER}.get(config.text("model_type"), _UNKNOWN)
+
+
 def padding_id(config: Document) -> int | None:
     """The token id that positions skip, or ``None`` where positions count from 0."""
-    kind = MODEL_TYPES[config.text("model_type")]
+    kind = model_type(config)
     if not kind.positions_skip_padding:
         return None
-    most = config.integer("max_position_embeddings", 3, 1 << 20) - 2  # at least one position must be left
+    most = config.integer("max_position_embeddings", 3, 1 << 20) - 4  # at least three positions must be left
     return config.integer("pad_token_id", 0, most, default=kind.default_padding_id)

@@ -66,6 +66,10 @@ class Document:
             self.refuse(name, "true or false")
         return value
 
+    def optional_flag(self, name: str) -> bool | None:
+        """True, false, or ``None`` where the field is absent or null."""
+        return None if self.fields.get(name) is None else self.flag(name, default=False)
+
     def object(self, name: str) -> dict[str, Any]:
         """An object; empty where the field is absent or null."""
         value = self.fields.get(name)
@@ -85,6 +89,14 @@ def shown(value: object) -> str:
     """A value as a message shows it: at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_unicode(text: object) -> bool:
+    """Whether a value is a string that UTF-8 can hold, which a lone surrogate is not."""
+    try:
+        return isinstance(text, str) and text.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def refuse(problem: str, *, expected: str, found: str, remedy: str = REPAIR) -> NoReturn:

@@ -38,11 +38,13 @@ ROBERTA_SPECIAL: Mapping[str, str] = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
+BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "ConvBertTokenizer")
 DEFAULT_SPECIAL: Mapping[str, Mapping[str, str]] = {
-    "BertTokenizer": BERT_SPECIAL,
+    **dict.fromkeys(BERT_CLASSES, BERT_SPECIAL),
     "RobertaTokenizer": ROBERTA_SPECIAL,
     "XLMRobertaTokenizer": ROBERTA_SPECIAL,
 }
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 SPECIAL_NAMES = ("bos_token", *BERT_SPECIAL, "eos_token")
 
 
@@ -72,21 +74,21 @@ def read_front_end(folder: Path, config: Document, transformer: Document, defaul
     special = _special_tokens(folder, settings, kind)
     original = _read(folder / "tokenizer.json")
     text = _from_vocabulary(folder, kind, special) if original is None else original
+    tokenizer = _load(folder, text)  # before its parts are touched: what loads is well formed
     document = _parse(folder, text)
     changed = _apply_transformers(document, settings, kind)
     changed |= _apply_lowercase(document, lowercase=transformer.flag("do_lower_case", default=False))
-    text = json.dumps(document, ensure_ascii=False) if changed else text
-    tokenizer = _load(folder, text)
+    if changed:
+        text = json.dumps(document, ensure_ascii=False)
+        tokenizer = _load(folder, text)
     missing = _missing_tokens(document, special, settings)
     if missing:
-        tokenizer.add_special_tokens(missing)
+        tokenizer.add_tokens(missing)
         text = tokenizer.to_str()
     _check_ids(folder, tokenizer, config)
     return FrontEnd(
         tokenizer=text.encode("utf-8"),
-        lowercase=_lowercases(
-            json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer else None
-        ),
+        lowercase=_lowercases(document.get("normalizer")),
         model_max_length=_maximum(settings, config, capped="model_max_length" not in arguments),
         overrides_length="model_max_length" in arguments,
     )
@@ -144,6 +146,9 @@ def _special_tokens(folder: Path, settings: Document, kind: str) -> dict[str, Ma
     stated = {**read_optional(folder / "special_tokens_map.json").fields, **settings.fields}
     named = {**DEFAULT_SPECIAL.get(kind, {}), **{key: stated[key] for key in SPECIAL_NAMES if key in stated}}
     tokens: dict[str, Mapping[str, Any]] = {}
+    extra = stated.get("additional_special_tokens") or []
+    extra = extra if isinstance(extra, list) else []
+    named.update({f"additional_{number}": token for number, token in enumerate(extra)})
     for key, value in named.items():
         if isinstance(value, str):
             tokens[key] = {"content": value}
@@ -163,27 +168,24 @@ def _missing_tokens(
     present = {token.get("content") for token in document.get("added_tokens") or ()}
     wanted = list(special.values())
     wanted += [value for value in settings.object("added_tokens_decoder").values() if isinstance(value, dict)]
-    flags = ("single_word", "lstrip", "rstrip")
     missing: dict[str, Any] = {}
     for fields in wanted:
         content = fields.get("content")
         if isinstance(content, str) and content not in present and content not in missing:
-            options = {flag: fields[flag] for flag in flags if isinstance(fields.get(flag), bool)}
-            missing[content] = AddedToken(content, special=True, normalized=False, **options)
+            options = {flag: fields[flag] for flag in TOKEN_FLAGS if isinstance(fields.get(flag), bool)}
+            missing[content] = AddedToken(content, **{"special": True, "normalized": False, **options})
     return list(missing.values())
 
 
 def _from_vocabulary(folder: Path, kind: str, special: Mapping[str, Mapping[str, Any]]) -> str:
     """A BERT tokenizer from vocab.txt, as transformers builds it; its normalizer is put in later."""
     path = folder / "vocab.txt"
-    if kind != "BertTokenizer" or not path.is_file():
+    if kind not in BERT_CLASSES or not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12])
         _refuse(f"{folder} holds no tokenizer", "tokenizer.json, or vocab.txt for BERT", found)
-    text = _read(path) or ""
+    text = (_read(path) or "").replace("\r\n", "\n").replace("\r", "\n")  # as Python's text files do
     vocabulary = {token: number for number, token in enumerate(text.removesuffix("\n").split("\n"))}
-    return _bert_tokenizer(
-        folder, vocabulary, {key: str(fields["content"]) for key, fields in special.items()}
-    )
+    return _bert_tokenizer(folder, vocabulary, {key: str(special[key]["content"]) for key in BERT_SPECIAL})
 
 
 def _bert_tokenizer(folder: Path, vocabulary: Mapping[str, int], special: Mapping[str, str]) -> str:
@@ -213,13 +215,13 @@ def _apply_transformers(document: dict[str, Any], settings: Document, kind: str)
     if document.get("truncation") is not None or document.get("padding") is not None:
         document["truncation"] = document["padding"] = None
     normalizer = document.get("normalizer")
-    if kind == "BertTokenizer" and (normalizer is None or normalizer.get("type") == "BertNormalizer"):
+    if kind in BERT_CLASSES and (normalizer is None or normalizer.get("type") == "BertNormalizer"):
         document["normalizer"] = {
             "clean_text": True,
             **(normalizer or {}),
             "type": "BertNormalizer",
             "handle_chinese_chars": settings.flag("tokenize_chinese_chars", default=True),
-            "strip_accents": settings.flag("strip_accents", default=False) if _stated(settings) else None,
+            "strip_accents": settings.optional_flag("strip_accents"),
             "lowercase": settings.flag("do_lower_case", default=True),
         }
         document["normalizer"] = _in_order(normalizer, document["normalizer"])
@@ -232,10 +234,6 @@ def _apply_transformers(document: dict[str, Any], settings: Document, kind: str)
     return before != after
 
 
-def _stated(settings: Document) -> bool:
-    return settings.fields.get("strip_accents") is not None
-
-
 def _in_order(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """``new`` with the keys of ``old`` first, so that equal normalizers are equal text."""
     return {**{key: new[key] for key in old or () if key in new}, **new}
@@ -244,25 +242,26 @@ def _in_order(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, A
 def _apply_lowercase(document: dict[str, Any], *, lowercase: bool) -> bool:
     """What sentence-transformers does for do_lower_case: a Lowercase first, unless there is one already."""
     normalizer = document.get("normalizer")
-    steps = (
-        normalizer["normalizers"] if _is_sequence(normalizer) else [] if normalizer is None else [normalizer]
-    )
+    steps = _steps(normalizer)
     if not lowercase or any(step.get("type") == "Lowercase" for step in steps):
         return False
     document["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *steps]}
     return True
 
 
-def _is_sequence(normalizer: Any) -> bool:  # noqa: ANN401 - JSON
-    return isinstance(normalizer, dict) and isinstance(normalizer.get("normalizers"), list)
+def _steps(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer, which is one step, a sequence of steps, or nothing."""
+    if normalizer is None:
+        return []
+    if normalizer.get("type") == "Sequence":
+        return list(normalizer["normalizers"])
+    return [normalizer]
 
 
 def _lowercases(normalizer: Mapping[str, Any] | None) -> bool:
-    if normalizer is None:
-        return False
-    if _is_sequence(normalizer):
-        return any(_lowercases(step) for step in normalizer["normalizers"])
-    return normalizer.get("type") == "Lowercase" or bool(normalizer.get("lowercase"))
+    return any(
+        step.get("type") == "Lowercase" or step.get("lowercase") is True for step in _steps(normalizer)
+    )
 
 
 def _check_ids(folder: Path, tokenizer: Any, config: Document) -> None:  # noqa: ANN401 - as in _load

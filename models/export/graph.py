@@ -154,10 +154,10 @@ class FoldedWeights(Mapping[str, Weights]):
             raise KeyError(name)
         weight = self._checkpoint[name]
         if name == "embeddings.position_embeddings.weight":
-            return weight + self._checkpoint["embeddings.token_type_embeddings.weight"][0]
+            weight = np.add(weight, self._checkpoint["embeddings.token_type_embeddings.weight"][0])
         if name in self._linear or (name.startswith("head.") and name.endswith(".weight")):
             weight = np.ascontiguousarray(weight.T)
-        return weight * self._scale if ".attention.self.query." in name else weight
+        return np.multiply(weight, self._scale) if ".attention.self.query." in name else weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -302,7 +302,7 @@ class _Encoder:
 def write_head(
     graph: GraphBuilder, head: tuple[str, ...], weights: Mapping[str, Weights], pooled: str, dim: int
 ) -> int:
-    """Write the Dense layers after pooling, named ``head.<n>``, ending in ``pooled``; the result is its width."""
+    """Write the Dense layers after pooling, named ``head.<n>``, ending in ``pooled``; its width."""
     for number, activation in enumerate(head):
         weight = weights[f"head.{number}.weight"]
         pooled = graph.node("MatMul", [pooled, graph.weight(f"head.{number}.weight", weight)])

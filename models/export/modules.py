@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qingyu.errors import UnsupportedModelError
-from qingyu.models.export.files import Document, read_json, read_object, read_optional, refuse, shown, within
+from qingyu.models.export.files import (
+    Document,
+    is_unicode,
+    read_json,
+    read_object,
+    read_optional,
+    refuse,
+    shown,
+    within,
+)
 from qingyu.runtime.spec import Pooling
 
 __all__ = ["DenseLayer", "Modules", "read_modules"]
@@ -161,7 +170,7 @@ def _transformer(folder: Path) -> Document:
 
 def _prompts(config: Document) -> tuple[dict[str, str], str | None]:
     prompts: dict[str, Any] = config.object("prompts")
-    if not all(isinstance(text, str) for text in prompts.values()):
+    if not all(is_unicode(text) for pair in prompts.items() for text in pair):
         config.refuse("prompts", "an object of strings")
     default = config.fields.get("default_prompt_name")
     if default is not None and (not isinstance(default, str) or default not in prompts):

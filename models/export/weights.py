@@ -149,7 +149,9 @@ def _read_bf16(path: Path, name: str) -> NDArray[np.float32]:
         start, end = entry["data_offsets"]
         file.seek(8 + length + start)
         bits = np.frombuffer(file.read(end - start), dtype="<u2")
-    return (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+    values: NDArray[np.float32] = (bits.astype(np.uint32) << 16).view(np.float32)
+    values.shape = tuple(entry["shape"])
+    return values
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
