@@ -13,9 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from qingyu.errors import InvalidOptionError, ModelNotFoundError, TextTooLongError, UnknownTokenWarning
+from qingyu.errors import (
+    InvalidOptionError,
+    InvalidTextError,
+    ModelNotFoundError,
+    TextTooLongError,
+    UnknownTokenWarning,
+)
 from qingyu.runtime.batching import Batcher, Workers, windows
-from qingyu.runtime.cpu import choose_threads
 from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
@@ -148,9 +153,8 @@ class Embedder:
             special_tokens=special_tokens,
             unicode_form=unicode_form,
         )
-        threads = choose_threads(threads)
         engine = OnnxRuntimeEngine(folder, spec, profile=profile, threads=threads)
-        embedder = cls(folder, spec, tokenizer, engine, _plan(engine, spec, profile, threads, max_memory_mb))
+        embedder = cls(folder, spec, tokenizer, engine, _plan(engine, spec, max_memory_mb))
         embedder._options = (folder, profile, threads, max_memory_mb, special_tokens, unicode_form)
         return embedder
 
@@ -180,7 +184,7 @@ class Embedder:
 
         Raises ``InvalidTextError`` for what is not Unicode text and ``UnknownTokenWarning`` above 10 % unknown.
         """
-        listed = [texts] if isinstance(texts, str) else list(texts)
+        listed = _listed(texts)
         counted = Report() if report is None else report
         blocks = self._blocks(listed, prompt, dim, normalize, long_text, counted)
         if progress:
@@ -289,7 +293,7 @@ class Embedder:
         self, texts: Sequence[str], prefix: str, long_text: LongText, report: Report
     ) -> list[EncodedText]:
         first = report.texts
-        encoded = self._tokenizer.encode(texts, prompt=prefix)
+        encoded = self._tokenizer.encode(texts, prompt=prefix, first=first)
         report.add(encoded)
         if long_text == "error":
             for position, text in enumerate(encoded):
@@ -306,10 +310,23 @@ class Embedder:
         return self._engine.run(batch, ("pooled",))[0]
 
 
+def _listed(texts: str | Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable):
+        raise InvalidTextError(
+            "texts is not text",
+            expected="a str or an iterable of str",
+            found=type(texts).__name__,
+            remedy="Pass a list of texts.",
+        )
+    return list(texts)
+
+
 def _reopen(
     folder: Path,
     profile: Profile,
-    threads: int,
+    threads: int | None,
     max_memory_mb: int | None,
     special_tokens: Literal["parse", "text"],
     unicode_form: Literal["NFKC"] | None,
@@ -359,18 +376,15 @@ def _check_dim(dim: int | None, spec: ModelSpec) -> int:
     return dim
 
 
-def _plan(
-    engine: OnnxRuntimeEngine, spec: ModelSpec, profile: Profile, threads: int, max_memory_mb: int | None
-) -> Plan:
+def _plan(engine: OnnxRuntimeEngine, spec: ModelSpec, max_memory_mb: int | None) -> Plan:
     free = None
     if max_memory_mb is not None:
         engine.open()  # what the weights take is measured, not estimated
         free = max_memory_mb * MEGABYTE - resident_bytes()
-    settings = PROFILES[profile]
     return plan(
         spec.architecture,
         max_tokens=spec.max_tokens,
-        workers=settings.workers(threads),
-        token_budget=settings.token_budget,
+        workers=engine.workers,
+        token_budget=engine.settings.token_budget,
         free_bytes=free,
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+# Before any test imports onnxruntime, which then starts no telemetry thread.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -37,7 +41,7 @@ VOCABULARY += ["##" + c for c in "0123456789abcdefghijklmnopqrstuvwxyz"]
 VOCABULARY += sorted(
     set(
         "今天气真好外面阳光明媚股票大跌怎么修改登录密码忘记了办雨会下吗人工智能正在变医疗教育和交通我们你他她它的是不有"
-        "这那中国北京上海城市学生老师公司产品价格服务电影音乐书读写说话听看想爱吃喝走跑来去开关高低长短多少新旧快慢轻语言"
+        "这那中国北京上海城市学生老师公司产品价格服务电影音乐书读写说话查询段落听看想爱吃喝走跑来去开关高低长短多少新旧快慢轻语言"
     )
 )
 TINY_LENGTH = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pty
@@ -26,12 +27,8 @@ TEXTS = ["今天天气真好", "外面阳光明媚", "股票大跌"]
 def run(capsys, monkeypatch):
     """Run the command line in this process: (exit code, standard output, standard error)."""
 
-    def call(*arguments, stdin: bytes | None = None):
-        if stdin is not None:
-            read, write = os.pipe()
-            os.write(write, stdin)
-            os.close(write)
-            monkeypatch.setattr(sys, "stdin", os.fdopen(read, encoding="utf-8"))
+    def call(*arguments, stdin: bytes = b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         code = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -246,7 +243,7 @@ def mistakes(tmp_path, model, checkpoint):
         "one text": (3, ["similarity", "--model", model, "好"], "expected 2 to 2000, found 1"),
         "threads": (3, ["embed", "--model", model, "--threads", "999", "好"], "threads"),
         "memory": (5, ["embed", "--model", model, "--max-memory-mb", "10", "好"], "Raise max_memory_mb"),
-        "no checkpoint": (4, ["export", tmp_path / "none", tmp_path / "out"], "none"),
+        "no checkpoint": (5, ["export", tmp_path / "none", tmp_path / "out"], "none"),
         "onto itself": (5, ["export", checkpoint, checkpoint], "outside the checkpoint"),
         "no prompt": (3, ["export", checkpoint, tmp_path / "out", "--prompt", "query"], "NAME=TEXT"),
         "one text only": (

@@ -216,9 +216,8 @@ def test_sixteen_threads_get_what_one_gets(embedder):
 
     def work(seed: int) -> None:
         order = np.random.default_rng(seed).permutation(len(texts))
-        for _ in range(5):
-            if np.abs(embedder.embed([texts[n] for n in order]) - expected[order]).max() > 1e-6:
-                wrong.append(seed)
+        results = [embedder.embed([texts[n] for n in order]) for _ in range(5)]
+        wrong.extend(seed for result in results if np.abs(result - expected[order]).max() > 1e-6)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(16)]
     for thread in threads:

@@ -36,11 +36,12 @@ def run(options: argparse.Namespace) -> int:
 def _facts(spec: ModelSpec) -> dict[str, object]:
     sizes = spec.architecture
     layers = f"{sizes.layers} layers, hidden {sizes.hidden_size}, {sizes.heads} heads"
+    length = "length 1" if spec.normalize else "not normalized"
     return {
         "name": spec.name,
         "task": spec.task,
         "model": f"{sizes.model_type}: {layers}, vocabulary {sizes.vocab_size:,}",
-        "vectors": f"{spec.dim} dimensions, {spec.pooling} pooling, " + ("length 1" if spec.normalize else "not normalized"),
+        "vectors": f"{spec.dim} dimensions, {spec.pooling} pooling, {length}",
         "reads": f"at most {spec.max_tokens} tokens, {'lower-cased' if spec.lowercase else 'case kept'}",
         "prompts": dict(spec.prompts) or "none",
         "default prompt": spec.default_prompt or "none",
