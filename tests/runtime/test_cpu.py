@@ -208,7 +208,9 @@ def test_a_process_bound_to_one_cpu_uses_one_thread() -> None:
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "from qingyu.runtime.cpu import choose_threads; print(choose_threads(None))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout == "1\n"
 
 
@@ -290,7 +292,11 @@ def test_a_real_v1_quota_decides_the_threads(real_group: Path, quota: int, expec
         "print(report.version, report.quota, report.cpus)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(real_group)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program, str(real_group)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     allowed = min(expected, len(os.sched_getaffinity(0)))
     assert done.stdout.split() == ["v1", str(quota / 100_000), str(allowed)]
