@@ -62,8 +62,15 @@ class Cut(NamedTuple):
 class Rules(Protocol):
     """What one kind of tokenizer allows: runs that may be shortened, and where a window may end."""
 
-    runs: re.Pattern[str]
-    keep: Mapping[str, tuple[int, int]]  # group of ``runs`` -> characters kept at its start and end
+    @property
+    def runs(self) -> re.Pattern[str]:
+        """Runs that give the same ids when shortened, each alternative a named group."""
+        ...
+
+    @property
+    def keep(self) -> Mapping[str, tuple[int, int]]:
+        """Group of ``runs`` -> characters kept at its start and end."""
+        ...
 
     def cut(self, text: str) -> Cut | None:
         """A safe cut of a window that is not the end of the text, as far right as is cheap, or ``None``."""
@@ -258,7 +265,8 @@ def _word_rules(
     if any(part["type"] not in _LOCAL | {"BertNormalizer"} for part in normalizers):
         return None
     han = any(part.get("handle_chinese_chars") for part in normalizers)
-    inner = {character for content in contents for character in content[1:]}
+    # The three marks that canonical composition can turn into a letter-like symbol (with U+0338) end no word.
+    inner = {"<", "=", ">", *(character for content in contents for character in content[1:])}
     spaces, dropped = _blanks(backend, SPACES, "a b"), _blanks(backend, CONTROLS + INVISIBLE, "ab")
     boundaries = [c for c in (*spaces, *map(chr, range(0x21, 0x7F)), *MARKS) if c not in inner]
     boundaries = [c for c in boundaries if not (c.isascii() and c.isalnum())]
