@@ -1,0 +1,77 @@
+"""What the documentation shows is run, and what it links to is there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qingyu.__main__ import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+SENTENCES = ["今天天气真好", "外面阳光明媚", "股票大跌", "怎么修改登录密码", "人工智能正在改变医疗、教育和交通。"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """The shell lines of a page, continued lines joined; installing is what .ci/run does with the README."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith(("#", "pip install", "python -m pytest"))]
+
+
+@pytest.fixture
+def desk(tiny_checkpoint, tiny_model, tmp_path):
+    """A folder with what the documentation takes for granted."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "bge-small-zh-v1.5")
+    lines = [sentence + str(n) for sentence in SENTENCES for n in range(8)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def run(arguments: list[str], desk: Path) -> None:
+    done = subprocess.run(arguments, cwd=desk, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model):
+    shell = shutil.which("bash")
+    if shell is None:
+        pytest.skip("needs bash")
+    lines = commands(page)
+    if not any("qingyu export" in line for line in lines):
+        shutil.copytree(tiny_model, desk / "out" / "bge")
+    if lines:
+        python = f'qingyu() {{ "{sys.executable}" -m qingyu "$@"; }}\nset -euo pipefail\n'
+        run([shell, "-c", python + "\n".join(lines)], desk)
+    for block in blocks(page, "python"):
+        run([sys.executable, "-W", "error::SyntaxWarning", "-c", block], desk)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_of_a_page_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_every_command_is_documented():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for command in COMMANDS:
+        name = command.__name__.rpartition(".")[2]
+        assert f"qingyu {name}" in text, name
+
+
+def test_every_page_is_reached_from_the_readme():
+    readme = PAGES[0].read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert f"docs/{page.name}" in readme, page.name
