@@ -175,7 +175,7 @@ class OnnxRuntimeEngine:
             )
         feeds = {name: INPUTS[name](batch) for name in self.spec.inputs}
         with self._in_use():
-            values: list[Floats] = _typed(
+            values: list[Floats] = typed(
                 f"running {self._path}",
                 # The plain call: binding inputs and outputs measured no faster.
                 lambda: self._session.run(list(outputs), feeds, self._run_options(batch)),
@@ -218,7 +218,7 @@ class OnnxRuntimeEngine:
             if self._closed:
                 raise self._closed_error()
             if self._session is None:
-                self._session = _typed(f"loading {self._path}", self._load)
+                self._session = typed(f"loading {self._path}", self._load)
             self._running += 1
         try:
             yield
@@ -240,7 +240,7 @@ class OnnxRuntimeEngine:
         with _SESSIONS_CHANGE:
             session = onnxruntime.InferenceSession(
                 str(self._path),
-                _session_options(onnxruntime, self.settings, self.threads),
+                session_options(onnxruntime, threads=self.settings.threads_of_one_run(self.threads)),
                 providers=list(PROVIDERS),
                 disabled_optimizers=list(SLOW_FUSIONS),
                 enable_fallback=0,
@@ -414,11 +414,12 @@ def _require(path: Path, spec: ModelSpec) -> None:
         )
 
 
-def _session_options(onnxruntime: ModuleType, settings: Settings, threads: int) -> Any:  # noqa: ANN401
+def session_options(onnxruntime: ModuleType, *, threads: int) -> Any:  # noqa: ANN401
+    """The options of every session: ``threads`` work on one run, and nothing is written to stderr."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     # Stated even where it is 1: left out, onnxruntime takes all cores and binds threads to them.
-    options.intra_op_num_threads = settings.threads_of_one_run(threads)
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # it plans for one shape, and ours vary
     for key, value in SESSION_ENTRIES.items():
@@ -429,7 +430,7 @@ def _session_options(onnxruntime: ModuleType, settings: Settings, threads: int) 
 OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "cannot allocate memory")
 
 
-def _typed(doing: str, call: Callable[[], T]) -> T:
+def typed(doing: str, call: Callable[[], T]) -> T:
     """The call's value; whatever a lower library raises becomes one of ours.
 
     Ours is raised outside the ``except`` block: as its context the other would keep the session alive.

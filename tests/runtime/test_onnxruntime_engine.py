@@ -741,7 +741,10 @@ class TestMemory:
 
 class TestTelemetry:
     def test_importing_the_module_loads_no_onnxruntime(self) -> None:
-        program = "import sys, qingyu.runtime.onnxruntime_engine; print(sorted({'onnxruntime', 'tokenizers'} & sys.modules.keys()))"
+        program = """
+            import sys, qingyu.runtime.onnxruntime_engine
+            print(sorted({'onnxruntime', 'tokenizers'} & sys.modules.keys()))
+        """
         assert in_child(program) == "[]\n"
 
     def test_a_run_leaves_nothing_under_home(self, pickled: str, tmp_path: Path) -> None:
