@@ -13,7 +13,7 @@ __all__ = ["require"]
 
 
 def require(extra: str, *packages: str) -> None:
-    """Raise ``MissingExtraError`` unless every package of the extra can be imported; imports none of them."""
+    """Raise ``MissingExtraError`` unless every package of the extra can be found; loads none of them."""
     missing = [package for package in packages if not _installed(package)]
     if missing:
         raise MissingExtraError(

@@ -216,7 +216,7 @@ def _check_token_types(folder: Path, sizes: Architecture, weights: CheckpointWei
 def read_source(folder: Path, config: Document) -> Source:
     """Repository and licence, where the checkpoint's own files name them."""
     named = config.fields.get("_name_or_path")
-    is_repository = isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) and ".." not in named
+    is_repository = isinstance(named, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named)
     return Source(repository=named if is_repository else None, license=_license(folder / "README.md"))
 
 

@@ -119,9 +119,11 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON
                 expected=f"at most {JSON_LIMIT} bytes",
                 found=f"{path.stat().st_size} bytes",
             )
-        return json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails for an escaped lone surrogate
     except (OSError, ValueError, RecursionError) as error:
         refuse(f"{path} cannot be read", expected="JSON in UTF-8", found=str(error) or type(error).__name__)
+    return value
 
 
 def read_object(path: Path) -> Document:

@@ -8,6 +8,7 @@ runtime needs nothing but that file. Checked against transformers 4.57 and 5.23.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -209,11 +210,9 @@ def _bert_tokenizer(folder: Path, vocabulary: Mapping[str, int], special: Mappin
 
 def _apply_transformers(document: dict[str, Any], settings: Document, kind: str) -> bool:
     """What transformers changes in a tokenizer.json when it loads it; whether anything did."""
-    before = json.dumps(
-        [document.get(key) for key in ("normalizer", "pre_tokenizer", "truncation", "padding")]
-    )
-    if document.get("truncation") is not None or document.get("padding") is not None:
-        document["truncation"] = document["padding"] = None
+    parts = ("normalizer", "pre_tokenizer", "truncation", "padding")
+    before = copy.deepcopy([document.get(part) for part in parts])
+    document["truncation"] = document["padding"] = None  # each call of transformers sets its own
     normalizer = document.get("normalizer")
     if kind in BERT_CLASSES and (normalizer is None or normalizer.get("type") == "BertNormalizer"):
         document["normalizer"] = {
@@ -224,19 +223,10 @@ def _apply_transformers(document: dict[str, Any], settings: Document, kind: str)
             "strip_accents": settings.optional_flag("strip_accents"),
             "lowercase": settings.flag("do_lower_case", default=True),
         }
-        document["normalizer"] = _in_order(normalizer, document["normalizer"])
     pre_tokenizer = document.get("pre_tokenizer")
-    if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "ByteLevel":
+    if pre_tokenizer is not None and pre_tokenizer.get("type") == "ByteLevel":
         pre_tokenizer["add_prefix_space"] = settings.flag("add_prefix_space", default=False)
-    after = json.dumps(
-        [document.get(key) for key in ("normalizer", "pre_tokenizer", "truncation", "padding")]
-    )
-    return before != after
-
-
-def _in_order(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """``new`` with the keys of ``old`` first, so that equal normalizers are equal text."""
-    return {**{key: new[key] for key in old or () if key in new}, **new}
+    return before != [document.get(part) for part in parts]
 
 
 def _apply_lowercase(document: dict[str, Any], *, lowercase: bool) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qingyu.errors import InvalidOptionError, UnsupportedModelError
+from qingyu.errors import InvalidOptionError, MissingExtraError, UnsupportedModelError
 from qingyu.models.export.builder import GraphBuilder
 from qingyu.models.export.checkpoint import Checkpoint
 from qingyu.models.export.graph import INPUTS, FoldedWeights, write_head
@@ -58,8 +59,8 @@ def graph_via_optimum(source: Checkpoint, *, hidden_states: bool) -> tuple[bytes
 
 def _export(folder: Path, scratch: Path) -> onnx.ModelProto:
     import onnx
-    from optimum.exporters.onnx import main_export
 
+    main_export = _main_export()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own tracing
@@ -76,6 +77,20 @@ def _export(folder: Path, scratch: Path) -> onnx.ModelProto:
     except Exception as error:  # noqa: BLE001 - three libraries, each with errors of its own
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise _unsupported(folder, "an architecture that optimum-onnx exports", lines[0]) from None
+
+
+def _main_export() -> Callable[..., None]:
+    try:
+        from optimum.exporters.onnx import main_export
+    except ImportError as error:  # installed, but not with what it needs
+        raise MissingExtraError(
+            "the extra 'optimum' does not work",
+            expected="optimum-onnx, torch and transformers that fit each other",
+            found=str(error),
+            remedy='Run: pip install "qingyu[optimum]"',
+        ) from None
+    function: Callable[..., None] = main_export
+    return function
 
 
 def _unsupported(folder: Path, expected: str, found: str) -> UnsupportedModelError:
