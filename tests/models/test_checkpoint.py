@@ -249,13 +249,25 @@ def test_a_pooling_that_makes_no_sense_is_one_error(pooling, make_checkpoint, as
         {"prompts": {"query": 3}},
         {"prompts": ["a"]},
         {"default_prompt_name": "x"},
-        {"prompts": {"query": "\ud800"}},
     ],
 )
 def test_prompts_that_make_no_sense_are_one_error(settings, make_checkpoint, as_sentence_transformers):
     folder = as_sentence_transformers(make_checkpoint())
     (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=r"field '(prompts|default_prompt_name)'"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer_config.json", "config_sentence_transformers.json"]
+)
+def test_an_escaped_lone_surrogate_is_no_text(file, make_checkpoint, as_sentence_transformers):
+    folder = as_sentence_transformers(make_checkpoint())
+    fields = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**fields, "cls_token": "\ud800"}))
+    with pytest.raises(
+        CheckpointError, match=rf"{file} cannot be read: expected JSON in UTF-8, found .*surrogates"
+    ):
         read_checkpoint(folder)
 
 

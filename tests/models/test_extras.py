@@ -21,7 +21,8 @@ def test_a_missing_package_is_named_with_the_pip_command():
 
 
 def test_what_is_there_is_not_imported():
-    code = "import sys; from qingyu.models.extras import require; require('x', 'wave'); assert 'wave' not in sys.modules"
+    code = "import sys; from qingyu.models.extras import require; require('x', 'wave')"
+    code += "; assert 'wave' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
