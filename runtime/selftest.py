@@ -67,20 +67,24 @@ CASES = tuple(
 
 @dataclass(frozen=True)
 class CaseResult:
-    """How many of the values of one product are wrong, and by how much at most."""
+    """How many of the values of one product are wrong, and by how much at most.
+
+    ``as_saturated``: every value is what a kernel gives that adds pairs of products in 16 bits.
+    """
 
     case: Case
     wrong: int
     of: int
     largest_error: float
+    as_saturated: bool
 
 
 @dataclass(frozen=True)
 class KernelReport:
     """The results of all cases.
 
-    ``exact``: every value is right. ``verdict`` is ``"exact"``; ``"saturates"`` when only products too large
-    for 16-bit pairs are wrong, which costs a little fidelity; or ``"wrong"``, and INT8 must not be used.
+    ``verdict`` is ``"exact"``; ``"saturates"`` when every value is what 16-bit pairs give, which costs a little
+    fidelity; or ``"wrong"``, and INT8 must not be used.
     """
 
     results: tuple[CaseResult, ...]
@@ -95,8 +99,7 @@ class KernelReport:
         """What the results mean for INT8 on this machine."""
         if self.exact:
             return "exact"
-        moderate = (result for result in self.results if result.case.values == "moderate")
-        return "saturates" if all(result.wrong == 0 for result in moderate) else "wrong"
+        return "saturates" if all(result.as_saturated for result in self.results) else "wrong"
 
 
 def integer_kernels_exact() -> bool:
@@ -141,7 +144,27 @@ def column_scales(case: Case) -> NDArray[np.float32]:
 
 def exact_product(case: Case) -> NDArray[np.float64]:
     """What the case must give: integers below 2**24, for ``MatMulIntegerToFloat`` times the scales."""
-    product = (activations(case).astype(np.int64) - ZERO_POINT) @ weights(case).astype(np.int64)
+    product = activations(case).astype(np.int64) @ weights(case).astype(np.int64)
+    return _result(case, product)
+
+
+def saturated_product(case: Case) -> NDArray[np.float64]:
+    """What VPMADDUBSW gives, which adds two neighbouring products into 16 bits with saturation.
+
+    Equal to onnxruntime 1.32 in every value on emulated Haswell and Skylake-Server CPUs (Intel's Software
+    Developer's Manual, PMADDUBSW).
+    """
+    padding = case.depth % 2
+    left = np.pad(activations(case).astype(np.int64), ((0, 0), (0, padding)))
+    right = np.pad(weights(case).astype(np.int64), ((0, padding), (0, 0)))
+    products = left[:, :, None] * right
+    pairs = products[:, 0::2] + products[:, 1::2]
+    return _result(case, np.clip(pairs, -(2**15), 2**15 - 1).sum(axis=1))
+
+
+def _result(case: Case, product: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The sum of unsigned times signed values with the zero point taken off, and scaled if the operator does."""
+    product = product - ZERO_POINT * weights(case).astype(np.int64).sum(axis=0)
     scales = column_scales(case) if case.operator == "MatMulIntegerToFloat" else 1.0
     return np.asarray(product * scales, dtype=np.float64)
 
@@ -157,7 +180,11 @@ def _run(feeds: Mapping[str, NDArray[np.uint8]]) -> dict[str, NDArray[Any]]:
 
 
 def _compare(case: Case, found: NDArray[Any]) -> CaseResult:
-    errors = np.abs(found.astype(np.float64) - exact_product(case))
-    # NaN compares unequal to everything: count what is not right, rather than what is wrong.
-    wrong = int(errors.size - np.count_nonzero(errors == 0))
-    return CaseResult(case, wrong, errors.size, float(errors.max()))
+    exact = exact_product(case)
+    return CaseResult(
+        case=case,
+        wrong=int(np.count_nonzero(found != exact)),
+        of=exact.size,
+        largest_error=float(np.abs(found.astype(np.float64) - exact).max()),
+        as_saturated=bool((found == saturated_product(case)).all()),
+    )
