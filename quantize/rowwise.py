@@ -9,12 +9,14 @@ Tables (words, positions) are int8 with a scale for each row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qingyu.models.export.builder import GraphBuilder
+from qingyu.models.export.graph import Select
 
 __all__ = ["MICROSOFT", "RowwiseLinear", "quantize_columns", "quantize_rows"]
 
@@ -58,7 +60,7 @@ class RowwiseLinear:
     def __init__(self) -> None:
         self._zero_points: str | None = None
 
-    def prepare(self, graph: GraphBuilder, activation: str) -> QuantizedRows:
+    def prepare(self, graph: GraphBuilder, activation: str, names: Sequence[str]) -> QuantizedRows:
         """Each row divided by its largest magnitude / 127 and rounded."""
         magnitude = graph.node(
             "ReduceMax", [graph.node("Abs", [activation]), graph.ints(-1)], attributes={"keepdims": 0}
@@ -96,9 +98,9 @@ class RowwiseLinear:
         product = graph.node("Mul", [product, prepared.scales])
         return graph.node("Add", [product, graph.weight(f"{name}.bias", bias)])
 
-    def embed(self, graph: GraphBuilder, name: str, table: Floats, ids: str) -> str:
-        """The rows of a table at ``ids``, stored as int8 with a scale for each row."""
+    def lookup(self, graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
+        """The selected rows of a table stored as int8 with a scale for each row."""
         codes, scales = quantize_rows(table)
-        chosen = graph.node("Gather", [graph.weight(f"{name}.weight.codes", codes), ids])
-        scale = graph.node("Gather", [graph.weight(f"{name}.weight.scales", scales), ids])
-        return graph.node("Mul", [graph.node("Cast", [chosen], attributes={"to": FLOAT}), scale])
+        chosen = select(graph.weight(f"{name}.weight.codes", codes))
+        wide = graph.node("Cast", [chosen], attributes={"to": FLOAT})
+        return graph.node("Mul", [wide, select(graph.weight(f"{name}.weight.scales", scales))])

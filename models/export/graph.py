@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
@@ -36,6 +36,7 @@ __all__ = [
     "FoldedWeights",
     "GraphPlan",
     "LinearWriter",
+    "Select",
     "linear_shapes",
     "output_names",
     "read_plan",
@@ -49,6 +50,8 @@ INPUTS = ("input_ids", "attention_mask")
 
 Weights = NDArray[np.float32]
 P = TypeVar("P")
+# Takes the name of a table (entries, ...) and writes the nodes that pick the wanted entries from it.
+Select = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class GraphPlan:
 class LinearWriter(Protocol[P]):
     """How a graph computes its linear layers and its word embedding."""
 
-    def prepare(self, graph: GraphBuilder, activation: str) -> P:
-        """An activation (rows * tokens, in), made ready once for all the products that share it."""
+    def prepare(self, graph: GraphBuilder, activation: str, names: Sequence[str]) -> P:
+        """An activation (rows * tokens, in), made ready once for the linear layers ``names`` that share it."""
         ...
 
     def apply(self, graph: GraphBuilder, prepared: P, name: str, weight: Weights, bias: Weights) -> str:
@@ -81,15 +84,15 @@ class LinearWriter(Protocol[P]):
         """
         ...
 
-    def embed(self, graph: GraphBuilder, name: str, table: Weights, ids: str) -> str:
-        """The rows of ``table`` (vocabulary, hidden) at ``ids`` (rows, tokens): (rows, tokens, hidden)."""
+    def lookup(self, graph: GraphBuilder, name: str, table: Weights, select: Select) -> str:
+        """The rows of an embedding ``table`` (entries, hidden) that ``select`` takes: (..., hidden)."""
         ...
 
 
 class FloatLinear:
     """Linear layers in FP32, as the checkpoint has them."""
 
-    def prepare(self, graph: GraphBuilder, activation: str) -> str:
+    def prepare(self, graph: GraphBuilder, activation: str, names: Sequence[str]) -> str:
         """The activation itself."""
         return activation
 
@@ -98,9 +101,9 @@ class FloatLinear:
         product = graph.node("MatMul", [prepared, graph.weight(f"{name}.weight", weight)])
         return graph.node("Add", [product, graph.weight(f"{name}.bias", bias)])
 
-    def embed(self, graph: GraphBuilder, name: str, table: Weights, ids: str) -> str:
-        """A Gather."""
-        return graph.node("Gather", [graph.weight(f"{name}.weight", table), ids])
+    def lookup(self, graph: GraphBuilder, name: str, table: Weights, select: Select) -> str:
+        """Rows of the table as it is."""
+        return select(graph.weight(f"{name}.weight", table))
 
 
 def weight_shapes(sizes: Architecture) -> dict[str, tuple[int, ...]]:
@@ -242,21 +245,32 @@ class _Encoder:
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
         return self.linear.apply(self.graph, prepared, name, weight, bias)
 
+    def _only(self, state: str, name: str) -> str:
+        """A linear layer that shares its input with no other."""
+        return self._linear(self.linear.prepare(self.graph, state, [name]), name)
+
     def _positions(self) -> str:
         """Position and token type 0 embeddings: (tokens, hidden) or (rows, tokens, hidden)."""
         graph, padding_id = self.graph, self.plan.padding_id
-        table = self._add("embeddings.position_embeddings.weight")
+        name = "embeddings.position_embeddings"
         if padding_id is None:
-            return graph.node("Slice", [table, graph.ints(0), self.tokens, graph.ints(0)])
+            first = (graph.ints(0), self.tokens, graph.ints(0))
+            return self._lookup(name, lambda table: graph.node("Slice", [table, *first]))
         same = graph.node("Equal", ["input_ids", graph.constant(np.int64(padding_id))])
         counted = graph.node("Cast", [graph.node("Not", [same])], attributes={"to": 7})  # 7: int64
         place = graph.node("Mul", [graph.node("CumSum", [counted, graph.constant(np.int64(1))]), counted])
-        return graph.node("Gather", [table, graph.node("Add", [place, graph.constant(np.int64(padding_id))])])
+        place = graph.node("Add", [place, graph.constant(np.int64(padding_id))])
+        return self._lookup(name, lambda table: graph.node("Gather", [table, place]))
+
+    def _lookup(self, name: str, select: Select) -> str:
+        return self.linear.lookup(self.graph, name, self.weights[f"{name}.weight"], select)
 
     def embedding(self) -> str:
         """The state before the first layer."""
-        name = "embeddings.word_embeddings"
-        words = self.linear.embed(self.graph, name, self.weights[f"{name}.weight"], "input_ids")
+        graph = self.graph
+        words = self._lookup(
+            "embeddings.word_embeddings", lambda table: graph.node("Gather", [table, "input_ids"])
+        )
         state = self.graph.node("Add", [words, self._positions()])
         return self.graph.node("Reshape", [self._norm(state, "embeddings"), self.flat])
 
@@ -264,16 +278,17 @@ class _Encoder:
         """The state after one layer."""
         graph, prefix = self.graph, f"encoder.layer.{number}"
         mixed = self._attention(state, f"{prefix}.attention.self")
-        mixed = self._linear(self.linear.prepare(graph, mixed), f"{prefix}.attention.output.dense")
+        mixed = self._only(mixed, f"{prefix}.attention.output.dense")
         state = self._norm(graph.node("Add", [mixed, state]), f"{prefix}.attention.output")
-        wide = self._linear(self.linear.prepare(graph, state), f"{prefix}.intermediate.dense")
+        wide = self._only(state, f"{prefix}.intermediate.dense")
         wide = ACTIVATIONS[self.plan.architecture.activation](graph, wide)
-        narrow = self._linear(self.linear.prepare(graph, wide), f"{prefix}.output.dense")
+        narrow = self._only(wide, f"{prefix}.output.dense")
         return self._norm(graph.node("Add", [narrow, state]), f"{prefix}.output")
 
     def _attention(self, state: str, name: str) -> str:
         graph = self.graph
-        prepared = self.linear.prepare(graph, state)
+        names = [f"{name}.{part}" for part in ("query", "key", "value")]
+        prepared = self.linear.prepare(graph, state, names)
         query, value = (
             self._by_head(prepared, f"{name}.{part}", (0, 2, 1, 3)) for part in ("query", "value")
         )

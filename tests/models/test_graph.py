@@ -208,19 +208,19 @@ class Recorder(FloatLinear):
     """A linear writer that notes what it is asked for."""
 
     def __init__(self):
-        self.prepared, self.applied, self.embedded = [], [], []
+        self.prepared, self.applied, self.tables = [], [], []
 
-    def prepare(self, graph, activation):
-        self.prepared.append(activation)
-        return super().prepare(graph, activation)
+    def prepare(self, graph, activation, names):
+        self.prepared.append(names)
+        return super().prepare(graph, activation, names)
 
     def apply(self, graph, prepared, name, weight, bias):
         self.applied.append((name, weight.shape, bias.shape))
         return super().apply(graph, prepared, name, weight, bias)
 
-    def embed(self, graph, name, table, ids):
-        self.embedded.append(name)
-        return super().embed(graph, name, table, ids)
+    def lookup(self, graph, name, table, select):
+        self.tables.append(name)
+        return super().lookup(graph, name, table, select)
 
 
 def test_a_linear_writer_sees_every_product_and_prepares_four_activations_a_layer(make_checkpoint, tmp_path):
@@ -234,7 +234,8 @@ def test_a_linear_writer_sees_every_product_and_prepares_four_activations_a_laye
     assert {name: shape for name, shape, _ in recorder.applied} == expected
     assert all(bias == shape[1:] for _, shape, bias in recorder.applied)
     assert len(recorder.prepared) == 2 * 4  # query, key and value share one
-    assert recorder.embedded == ["embeddings.word_embeddings"]
+    assert sorted(name for names in recorder.prepared for name in names) == sorted(expected)
+    assert sorted(recorder.tables) == ["embeddings.position_embeddings", "embeddings.word_embeddings"]
 
 
 def test_progress_counts_layers(make_checkpoint, tmp_path):
