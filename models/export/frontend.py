@@ -2,8 +2,11 @@
 
 transformers lets tokenizer_config.json overrule the normalizer in tokenizer.json; sentence-transformers
 lower-cases on top where sentence_bert_config.json says so. Both are worked into one file here, so that a
-runtime needs nothing but that file. Checked against transformers 4.57 and 5.23. Not here: tokenizing
-(``qingyu.runtime``).
+runtime needs nothing but that file. Checked against transformers 4.57 and 5.23.
+
+One known difference: a normalizer that sentence-transformers >= 5 saved as a sequence with Lowercase is kept, as
+transformers 4 keeps it; transformers 5.23 drops it when it loads a BertTokenizer, and with it the lower-casing
+that the saved model had. Not here: tokenizing (``qingyu.runtime``).
 """
 
 from __future__ import annotations

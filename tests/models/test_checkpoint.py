@@ -50,6 +50,12 @@ def test_pooling_names_are_read(name, pooling, make_checkpoint, as_sentence_tran
     assert read_checkpoint(folder).pooling == pooling
 
 
+@pytest.mark.parametrize("pooling", [{}, dict.fromkeys(POOLING_FLAGS, False), {"pooling_mode": ["mean"]}])
+def test_a_pooling_that_names_no_mode_is_mean(pooling, make_checkpoint, as_sentence_transformers):
+    folder = as_sentence_transformers(make_checkpoint(), pooling=pooling)
+    assert read_checkpoint(folder).pooling == "mean"
+
+
 def test_a_pooling_of_the_caller_replaces_that_of_the_folder(make_checkpoint, as_sentence_transformers):
     folder = as_sentence_transformers(make_checkpoint(), pooling={"pooling_mode": ["cls", "mean"]})
     assert read_checkpoint(folder, pooling="mean").pooling == "mean"

@@ -99,6 +99,8 @@ def test_sentence_transformers_lower_cases_on_top(
     reference = sentence_transformers.SentenceTransformer(str(folder), device="cpu").tokenizer
     source = read_checkpoint(folder)
     assert ids_of(source.front_end.tokenizer) == reference_ids(reference)
+    normalizer = json.loads(reference.backend_tokenizer.to_str())["normalizer"]
+    assert json.loads(source.front_end.tokenizer)["normalizer"] == normalizer
     assert source.front_end.lowercase == (lowercase or settings.get("do_lower_case", True))
 
 
@@ -118,6 +120,21 @@ def test_a_tokenizer_that_needs_no_change_is_copied_byte_by_byte(name, transform
     assert made.tokenizer == (folder / "tokenizer.json").read_bytes()
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     assert ids_of(made.tokenizer) == reference_ids(reference)
+
+
+def test_lower_casing_that_stands_in_tokenizer_json_is_kept(
+    make_checkpoint, as_sentence_transformers, tmp_path
+):
+    """As transformers 4 keeps it; transformers 5.23 drops it on loading what sentence-transformers saved."""
+    quirk = {"tokenizer_config": {"do_lower_case": False}}
+    lowered = read_checkpoint(
+        as_sentence_transformers(make_checkpoint(**quirk), transformer={"do_lower_case": True})
+    ).front_end.tokenizer
+    saved = make_checkpoint("saved", **quirk)
+    (saved / "tokenizer.json").write_bytes(lowered)
+    made = read_checkpoint(saved).front_end
+    assert made.lowercase
+    assert made.tokenizer == lowered
 
 
 def test_padding_and_truncation_are_removed(shared_models, tmp_path):
