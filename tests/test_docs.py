@@ -15,11 +15,19 @@ from qingyu.__main__ import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-SENTENCES = ["今天天气真好", "外面阳光明媚", "股票大跌", "怎么修改登录密码", "人工智能正在改变医疗、教育和交通。"]
+SENTENCES = [
+    "今天天气真好",
+    "外面阳光明媚",
+    "股票大跌",
+    "怎么修改登录密码",
+    "人工智能正在改变医疗、教育和交通。",
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 def commands(page: Path) -> list[str]:

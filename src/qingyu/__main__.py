@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from qingyu import __version__
 from qingyu.cli import doctor, embed, export, info, quantize, similarity
@@ -69,7 +70,15 @@ def _run(options: argparse.Namespace) -> int:
     return code
 
 
-def _print_warning(message: Warning | str, *_: object) -> None:
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """``warnings.showwarning`` without the place in the code, which says nothing to a user."""
     print(f"warning: {message}", file=sys.stderr)
 
 
