@@ -322,7 +322,13 @@ def import_onnxruntime() -> ModuleType:
         _warn_of_telemetry(str(getattr(module, "__version__", "")))
     # For this process, or where that is too late for those that it starts. A user's own value stands.
     os.environ.setdefault(TELEMETRY_SWITCH, "1")
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        # Ctrl-C while the extension module starts arrives as an ImportError caused by it.
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
 
     return onnxruntime  # type: ignore[no-any-return]
 
