@@ -3,6 +3,11 @@
 Not here: tokenizing, padding and the order of batches (``qingyu.runtime.batching``), and what the vectors
 mean (``qingyu.runtime.embedder``). Importing this module does not import onnxruntime: ``import_onnxruntime``
 is the one door to it, because its telemetry can only be switched off before it is first imported.
+
+The ``edge`` profile maps the manifest's ``.ort`` file into memory. Its hash is checked when it is opened; whoever
+writes into it afterwards changes the weights of a running process, and whoever truncates it kills the process by
+SIGBUS, as with any mapped file. So replace a model folder by renaming, as ``qingyu export`` and ``quantize`` do:
+the file that is mapped then lives on, unnamed, until it is closed.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from qingyu.errors import (
 from qingyu.runtime.cpu import choose_threads
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.external_data import refuse_external_data
-from qingyu.runtime.spec import ModelSpec, read_checked
+from qingyu.runtime.spec import EdgeFile, ModelSpec, check_file, read_checked
 
 __all__ = [
     "PROFILES",
@@ -54,8 +59,10 @@ SLOW_FUSIONS = ("SkipLayerNormFusion",)
 TELEMETRY_SWITCH = "ORT_DISABLE_TELEMETRY"
 FATAL = 4  # onnxruntime's highest log severity: all it says otherwise arrives as an exception too
 
+MODEL_FORMAT = "session.load_model_format"
+
 SESSION_ENTRIES: Mapping[str, str] = {
-    "session.load_model_format": "ONNX",  # whatever the bytes look like: the other format is a second parser
+    MODEL_FORMAT: "ONNX",  # whatever the bytes look like: the other format is a second parser
     # Threads that wait for work spin within a run and sleep after it. On two threads, 32 tokens took 1.25 ms,
     # as with spinning always on, which costs 38 ms of CPU after every request; without any spinning 1.80 ms.
     "session.intra_op.allow_spinning": "1",
@@ -80,12 +87,13 @@ class Settings:
     ``one_thread_runs``: the caller runs several micro-batches at once, each in one thread, instead of one
     micro-batch in several threads. ``default_threads``: ``None`` is all CPUs this process may use.
     ``token_budget``: tokens of one micro-batch, padding counted; after a larger run the memory that it took
-    is given back.
+    is given back. ``edge_file``: the manifest's edge file is used instead of the ONNX graph, where it has one.
     """
 
     one_thread_runs: bool
     default_threads: int | None
     token_budget: int
+    edge_file: bool = False
 
     def threads(self, requested: int | None) -> int:
         """Threads in all; raises ``InvalidOptionError`` for more than there are CPUs."""
@@ -107,11 +115,12 @@ class Settings:
 #   tokens makes 195 MB 577 for good; given back after that run alone, 210. Given back after every run, many
 #   large batches take a fifth longer, and small ones keep more memory, not less.
 # - Pre-packed weights stay: without them one run of 12 tokens takes 1.66 instead of 0.74 ms, for 6 MB less.
+#   An edge file says otherwise for itself.
 # - Graph optimization levels differ by less than 3% in speed, so the default, all, stays.
 PROFILES: Mapping[Profile, Settings] = {
     "throughput": Settings(one_thread_runs=True, default_threads=None, token_budget=512),
     "latency": Settings(one_thread_runs=False, default_threads=None, token_budget=1024),
-    "edge": Settings(one_thread_runs=False, default_threads=1, token_budget=256),
+    "edge": Settings(one_thread_runs=False, default_threads=1, token_budget=256, edge_file=True),
 }
 
 
@@ -140,12 +149,15 @@ class OnnxRuntimeEngine:
         self.folder = Path(folder).absolute()
         self.spec = spec
         self.settings = PROFILES[profile]
+        self._edge = spec.edge if self.settings.edge_file else None
+        #: The name of the file that is loaded.
+        self.file = spec.graph if self._edge is None else self._edge.file
         self.threads = self.settings.threads(threads)
         self._options = (profile, threads)
         self._closed = False
         self._session: Any = None
         self._start_afresh()
-        _require(self._path, spec)
+        _require(self._path, self.file, spec)
         _ENGINES.add(self)
 
     @property
@@ -210,7 +222,7 @@ class OnnxRuntimeEngine:
 
     @property
     def _path(self) -> Path:
-        return self.folder / self.spec.graph
+        return self.folder / self.file
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -235,14 +247,17 @@ class OnnxRuntimeEngine:
         Handed the bytes, onnxruntime's session keeps them for good, and load takes twice the file more.
         """
         before = _identity(self._path)
-        data = read_checked(self.folder, self.spec.graph, self.spec.files[self.spec.graph])
-        refuse_external_data(data, str(self._path))
-        del data
+        self._check_content()
         onnxruntime = import_onnxruntime()
+        options = session_options(
+            onnxruntime,
+            threads=self.settings.threads_of_one_run(self.threads),
+            entries={} if self._edge is None else _edge_entries(self._edge),
+        )
         with _SESSIONS_CHANGE:
             session = onnxruntime.InferenceSession(
                 str(self._path),
-                session_options(onnxruntime, threads=self.settings.threads_of_one_run(self.threads)),
+                options,
                 providers=list(PROVIDERS),
                 disabled_optimizers=list(SLOW_FUSIONS),
                 enable_fallback=0,
@@ -256,6 +271,15 @@ class OnnxRuntimeEngine:
             )
         check_signature(session, self.spec, str(self._path))
         return session
+
+    def _check_content(self) -> None:
+        record = self.spec.files[self.file]
+        if self._edge is not None:
+            # In pieces, so that the file is never in memory of this process alone. No tensor of this format can
+            # name another file.
+            check_file(self.folder, self.file, record)
+            return
+        refuse_external_data(read_checked(self.folder, self.file, record), str(self._path))
 
     def _run_options(self, batch: TokenBatch) -> Any:  # noqa: ANN401
         """Give memory back after a run beyond the token budget.
@@ -399,13 +423,13 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def _require(path: Path, spec: ModelSpec) -> None:
+def _require(path: Path, file: str, spec: ModelSpec) -> None:
     """Refuse at once what no run could use; the content is checked when it is loaded."""
     unknown = [name for name in spec.inputs if name not in INPUTS]
-    if unknown or spec.graph not in spec.files:
+    if unknown or file not in spec.files:
         raise ManifestError(
             f"the manifest of {spec.name} cannot be used",
-            expected=f"inputs among {', '.join(INPUTS)} and a record of {spec.graph}",
+            expected=f"inputs among {', '.join(INPUTS)} and a record of {file}",
             found=f"inputs {', '.join(spec.inputs)}, files {', '.join(spec.files) or 'none'}",
             remedy="Export the model again.",
         )
@@ -422,15 +446,24 @@ def _require(path: Path, spec: ModelSpec) -> None:
         )
 
 
-def session_options(onnxruntime: ModuleType, *, threads: int) -> Any:  # noqa: ANN401
-    """The options of every session: ``threads`` work on one run, and nothing is written to stderr."""
+def _edge_entries(edge: EdgeFile) -> dict[str, str]:
+    return {**edge.session, MODEL_FORMAT: "ORT"}
+
+
+def session_options(
+    onnxruntime: ModuleType, *, threads: int, entries: Mapping[str, str] | None = None
+) -> Any:  # noqa: ANN401
+    """The options of every session: ``threads`` work on one run, and nothing is written to stderr.
+
+    ``entries`` are configuration entries besides ``SESSION_ENTRIES``, or instead of those of the same name.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     # Stated even where it is 1: left out, onnxruntime takes all cores and binds threads to them.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # it plans for one shape, and ours vary
-    for key, value in SESSION_ENTRIES.items():
+    for key, value in {**SESSION_ENTRIES, **(entries or {})}.items():
         options.add_session_config_entry(key, value)
     return options
 

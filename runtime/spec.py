@@ -5,22 +5,35 @@ Not here: reading checkpoints (``qingyu.models``) and opening graphs (``qingyu.r
 
 from __future__ import annotations
 
+import binascii
 import dataclasses
 import hashlib
 import json
 import math
 import re
+import struct
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from qingyu.errors import CorruptFileError, ManifestError, ModelNotFoundError
 
-__all__ = ["MANIFEST", "Architecture", "FileRecord", "ModelSpec", "Source", "read_spec", "sha256_of"]
+__all__ = [
+    "MANIFEST",
+    "Architecture",
+    "FileRecord",
+    "ModelSpec",
+    "Source",
+    "decode",
+    "read_spec",
+    "sha256_of",
+]
+
+D = TypeVar("D")
 
 MANIFEST = "qingyu.json"
 FORMAT = 1
@@ -63,6 +76,27 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Golden:
+    """Texts whose vectors are known, to test a machine with before its vectors are trusted.
+
+    ``vectors``: for each text the FP32 model's unit vector, as ``encode_vector`` writes it. ``least_cosine``: how
+    close this model's vector of every text, run alone and without a prompt, must come.
+    """
+
+    texts: tuple[str, ...]
+    vectors: tuple[str, ...]
+    least_cosine: float
+
+
+@dataclass(frozen=True)
+class EdgeFile:
+    """The same graph in onnxruntime's own format, and the session options to open it with, each "0" or "1"."""
+
+    file: str
+    session: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One model folder, described.
 
@@ -71,6 +105,8 @@ class ModelSpec:
     ``outputs`` are the graph's own names, the outputs among ``token_states`` (rows, tokens, hidden),
     ``pooled`` (rows, dim) and ``hidden_state_0`` ... ``hidden_state_<layers>`` (rows, tokens, hidden).
     ``files`` names every file that may be read. ``certificate`` is INT8 measured against FP32, as JSON.
+    ``golden`` are texts to test a machine with, ``fallback`` names an FP32 graph for machines that fail, and ``edge``
+    the file for the profile of that name.
     """
 
     name: str
@@ -91,6 +127,9 @@ class ModelSpec:
     source: Source = field(default_factory=Source)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     certificate: Mapping[str, Any] | None = None
+    golden: Golden | None = None
+    fallback: str | None = None
+    edge: EdgeFile | None = None
 
     def to_json(self) -> str:
         """The manifest as JSON text, ending in a newline; ``from_json`` reads it back unchanged."""
@@ -145,6 +184,31 @@ def sha256_of(path: Path) -> str:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def encode_vector(values: Sequence[float]) -> str:
+    """A vector as base64 of little-endian float16, 1.4 characters a byte; the cosine changes by less than 1e-6.
+
+    >>> encode_vector([1.0, -0.5])
+    'ADwAuA=='
+    """
+    return binascii.b2a_base64(struct.pack(f"<{len(values)}e", *values), newline=False).decode("ascii")
+
+
+def decode_vector(text: str, dim: int) -> tuple[float, ...]:
+    """The ``dim`` values that ``encode_vector`` wrote; ``ValueError`` for anything that it does not write.
+
+    >>> decode_vector("ADwAuA==", 2)
+    (1.0, -0.5)
+    """
+    size = 2 * dim
+    length = 4 * -(-size // 3)
+    if len(text) != length:  # before decoding: the text may be of any size
+        raise ValueError(f"{len(text)} characters instead of {length}")
+    data = binascii.a2b_base64(text.encode("ascii", "replace"))
+    if binascii.b2a_base64(data, newline=False) != text.encode("utf-8", "replace") or len(data) != size:
+        raise ValueError("not base64")
+    return struct.unpack(f"<{dim}e", data)
 
 
 def check_file(folder: Path, name: str, record: FileRecord) -> None:
@@ -239,6 +303,13 @@ def _parse(text: str, origin: str) -> dict[str, Any]:
     return document
 
 
+def decode(kind: type[D], document: Any, *, origin: str) -> D:  # noqa: ANN401 - JSON values
+    """A dataclass from parsed JSON, each value of its field's type; ``ManifestError`` names what is not."""
+    decoded = _decode(kind, document, origin, "")
+    assert isinstance(decoded, kind)
+    return decoded
+
+
 def _decode(kind: Any, value: Any, origin: str, where: str) -> Any:  # noqa: ANN401 - JSON in, any field type out
     """``value`` as the annotated type ``kind``: dataclasses, tuples, mappings, literals, unions and scalars."""
     if dataclasses.is_dataclass(kind):
@@ -307,7 +378,72 @@ _LIMITS: Mapping[str, tuple[int, int]] = {
 }
 
 
+GOLDEN_TEXTS = 16
+GOLDEN_CHARACTERS = 2000
+LEAST_COSINES = (
+    0.5,
+    0.99999,
+)  # below, a test of nothing; above, float16 and other CPUs' rounding would fail it
+UNIT_TOLERANCE = 0.01
+
+# The options that decide how the file is held in memory. No other: some name files to write.
+EDGE_OPTIONS = (
+    "session.use_memory_mapped_ort_model",
+    "session.use_ort_model_bytes_for_initializers",
+    "session.disable_prepacking",
+)
+
+
 def _check(spec: ModelSpec, origin: str) -> None:
+    _check_sizes(spec, origin)
+    _check_files(spec, origin)
+    if spec.default_prompt is not None:
+        _expect(
+            spec.default_prompt in spec.prompts,
+            spec.default_prompt,
+            "a name in prompts",
+            origin,
+            "default_prompt",
+        )
+    if spec.golden is not None:
+        _check_golden(spec.golden, spec.dim, origin)
+    if spec.edge is not None:
+        _check_edge(spec.edge, origin)
+
+
+def _check_golden(golden: Golden, dim: int, origin: str) -> None:
+    texts, vectors, least = golden.texts, golden.vectors, golden.least_cosine
+    wanted = f"1 to {GOLDEN_TEXTS} texts"
+    _expect(1 <= len(texts) <= GOLDEN_TEXTS, len(texts), wanted, origin, "golden.texts")
+    _expect(len(vectors) == len(texts), len(vectors), f"{len(texts)} vectors", origin, "golden.vectors")
+    low, high = LEAST_COSINES
+    _expect(low <= least <= high, least, f"a number from {low} to {high}", origin, "golden.least_cosine")
+    for n, text in enumerate(texts):
+        sound = 0 < len(text) <= GOLDEN_CHARACTERS and not re.search("[\ud800-\udfff]", text)
+        _expect(sound, text, f"1 to {GOLDEN_CHARACTERS} characters of Unicode", origin, f"golden.texts[{n}]")
+    for n, vector in enumerate(vectors):
+        wanted = f"base64 of {dim} float16 numbers, a unit vector"
+        _expect(_is_unit_vector(vector, dim), vector, wanted, origin, f"golden.vectors[{n}]")
+
+
+def _is_unit_vector(text: str, dim: int) -> bool:
+    try:
+        values = decode_vector(text, dim)
+    except ValueError:
+        return False
+    if not all(map(math.isfinite, values)):
+        return False
+    return abs(math.fsum(x * x for x in values) - 1) <= UNIT_TOLERANCE
+
+
+def _check_edge(edge: EdgeFile, origin: str) -> None:
+    for option, value in edge.session.items():
+        allowed = f"among {', '.join(EDGE_OPTIONS)}"
+        _expect(option in EDGE_OPTIONS, option, allowed, origin, "edge.session")
+        _expect(value in ("0", "1"), value, '"0" or "1"', origin, f"edge.session.{option}")
+
+
+def _check_sizes(spec: ModelSpec, origin: str) -> None:
     for where, (least, most) in _LIMITS.items():
         value = spec
         for part in where.split("."):
@@ -327,6 +463,9 @@ def _check(spec: ModelSpec, origin: str) -> None:
     )
     eps = sizes.layer_norm_eps
     _expect(math.isfinite(eps) and 0 < eps < 1, eps, "between 0 and 1", origin, "architecture.layer_norm_eps")
+
+
+def _check_files(spec: ModelSpec, origin: str) -> None:
     for name, record in spec.files.items():
         # A manifest may come from anywhere: it must not be able to name a file outside its folder.
         plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
@@ -334,13 +473,6 @@ def _check(spec: ModelSpec, origin: str) -> None:
         _expect(record.bytes >= 0, record.bytes, "a size in bytes", origin, f"files.{name}.bytes")
         hexadecimal = re.fullmatch(r"[0-9a-f]{64}", record.sha256) is not None
         _expect(hexadecimal, record.sha256, "64 hexadecimal digits", origin, f"files.{name}.sha256")
-    for name in (spec.graph, "tokenizer.json"):
+    named = [spec.graph, "tokenizer.json", spec.fallback, None if spec.edge is None else spec.edge.file]
+    for name in (name for name in named if name is not None):
         _expect(name in spec.files, sorted(spec.files), f"a record of {name}", origin, "files")
-    if spec.default_prompt is not None:
-        _expect(
-            spec.default_prompt in spec.prompts,
-            spec.default_prompt,
-            "a name in prompts",
-            origin,
-            "default_prompt",
-        )

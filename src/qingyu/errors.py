@@ -5,12 +5,14 @@
     │   ├── InvalidTextError       not a str, or not valid Unicode
     │   ├── TextTooLongError       longer than the model reads, with ``long_text="error"``
     │   ├── InvalidOptionError     an option out of its range
-    │   └── DataFileError          a text file that cannot be read as asked
+    │   ├── DataFileError          a text file that cannot be read as asked
+    │   └── MismatchError          two model folders that are not of one model
     ├── OperatorError          whoever runs the program: the machine, the installation, the paths
     │   ├── MissingExtraError      an optional dependency is not installed
     │   ├── ModelNotFoundError     no model folder where one was named
     │   ├── MemoryBudgetError      a memory budget too small for the model
     │   ├── OutputError            a result cannot be written
+    │   ├── KernelError            this machine computes wrong vectors with this model
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
     │   ├── ManifestError          qingyu.json is not a valid manifest
@@ -31,13 +33,16 @@ __all__ = [
     "ClosedError",
     "CorruptFileError",
     "DataFileError",
+    "FallbackWarning",
     "FidelityError",
     "GraphError",
     "InputError",
     "InvalidOptionError",
     "InvalidTextError",
+    "KernelError",
     "ManifestError",
     "MemoryBudgetError",
+    "MismatchError",
     "MissingExtraError",
     "ModelError",
     "ModelNotFoundError",
@@ -97,6 +102,10 @@ class DataFileError(InputError):
     """A file of texts is missing, not UTF-8, or lacks the named field."""
 
 
+class MismatchError(InputError):
+    """Two model folders or graphs that were to be compared are not of the same model."""
+
+
 class OperatorError(QingyuError):
     """Whoever runs the program must change the machine, the installation or a path."""
 
@@ -117,6 +126,10 @@ class MemoryBudgetError(OperatorError):
 
 class OutputError(OperatorError):
     """A result cannot be written; nothing was left half-written."""
+
+
+class KernelError(OperatorError):
+    """A model's golden vectors do not come out on this machine, so none of its vectors can be trusted."""
 
 
 class ClosedError(OperatorError):
@@ -161,6 +174,10 @@ class FidelityError(QingyuError):
 
 class UnknownTokenWarning(UserWarning):
     """More than a tenth of the tokens are unknown to the model's vocabulary."""
+
+
+class FallbackWarning(UserWarning):
+    """A model's graph gives wrong vectors on this machine, so its FP32 graph is used."""
 
 
 class TruncationWarning(UserWarning):
