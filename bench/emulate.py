@@ -34,7 +34,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.errors import InvalidOptionError, OperatorError
+from qingyu.errors import InvalidOptionError, OperatorError, QingyuError
 from qingyu.runtime.spec import read_spec
 
 __all__ = ["CPUS", "TEXTS", "Cpu", "Row", "commands", "emulate", "main", "require_tools", "rows_of", "table"]
@@ -176,7 +176,7 @@ def require_tools(tools: Path, cpus: Sequence[Cpu]) -> None:
         wanted += [_arm_python(tools), *(tools / "site" / name for name in ARM_WHEELS)]
     missing = [str(path.relative_to(tools)) for path in wanted if not path.exists()]
     if "aarch64" in machines and shutil.which("unshare") is None:
-        missing.append("the command unshare (util-linux)")
+        missing.append("unshare (of util-linux)")
     if missing:
         raise OperatorError(
             f"{tools} does not hold the tools for emulation",
@@ -451,7 +451,7 @@ def cli() -> int:
     """``main`` with errors as one line on stderr and their exit code."""
     try:
         return main()
-    except OperatorError as error:
+    except QingyuError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
 
