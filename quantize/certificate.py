@@ -41,7 +41,11 @@ __all__ = [
     "certificate_rows",
     "check_same_model",
     "compare",
+    "cosine_rows",
     "differences",
+    "environment",
+    "environment_rows",
+    "figure_rows",
     "neighbour_overlap",
     "text_cosines",
 ]
@@ -251,18 +255,47 @@ def differences(
 
 def certificate_rows(certificate: Certificate) -> list[tuple[str, str]]:
     """The certificate in words, a (label, figures) for each line, for terminals and reports alike."""
-    rows = [("cosine to FP32", _cosines_in_words(certificate.cosine))]
-    rows.append(("centred cosine to FP32", _cosines_in_words(certificate.centred_cosine)))
+    cosines = [
+        (label, f"mean {mean}, 1st percentile {percentile}, minimum {minimum} ({texts} texts)")
+        for label, texts, mean, percentile, minimum in cosine_rows(certificate)
+    ]
+    return [*cosines, *figure_rows(certificate), *environment_rows(certificate.environment)]
+
+
+def cosine_rows(certificate: Certificate) -> list[tuple[str, str, str, str, str]]:
+    """The cosines alone, in the columns label, texts, mean, 1st percentile, minimum."""
+    groups = [("cosine to FP32", certificate.cosine), ("centred cosine to FP32", certificate.centred_cosine)]
     for label, bands in (("cosine", certificate.bands), ("centred cosine", certificate.centred_bands)):
-        rows += [(f"{label}, {name} tokens", _cosines_in_words(c)) for name, c in bands.items()]
+        groups += [(f"{label}, {name} tokens", cosines) for name, cosines in bands.items()]
+    return [_cosine_row(label, cosines) for label, cosines in groups]
+
+
+def figure_rows(certificate: Certificate) -> list[tuple[str, str]]:
+    """What was measured beside cosines, a (label, figures) for each line."""
     overlap = certificate.top_10_overlap
     kept = "not measured (fewer than 20 texts)" if overlap is None else f"{overlap:.1%}"
-    rows.append(("top-10 neighbours kept", kept))
-    for change in certificate.recall_change:
-        rows.append((f"recall@10 on {change.measured_on}", _change_in_words(change, "queries")))
-    for change in certificate.spearman_change:
-        rows.append((f"Spearman on {change.measured_on}", _change_in_words(change, "pairs")))
-    return rows + list(_cost_rows(certificate)) + _environment_rows(certificate.environment)
+    changes = (
+        *(("recall@10", "queries", change) for change in certificate.recall_change),
+        *(("Spearman", "pairs", change) for change in certificate.spearman_change),
+    )
+    return [
+        ("top-10 neighbours kept", kept),
+        *(
+            (f"{name} on {change.measured_on}", _change_in_words(change, items))
+            for name, items, change in changes
+        ),
+        *_cost_rows(certificate),
+    ]
+
+
+def environment_rows(facts: Environment) -> list[tuple[str, str]]:
+    """What it was measured with, a (label, facts) for each line."""
+    versions = ", ".join(f"{name} {number}" for name, number in facts.versions.items())
+    return [
+        ("engine", f"{facts.engine} ({versions}, Python {facts.python})"),
+        ("CPU", f"{facts.cpu or 'unknown'} ({facts.machine})"),
+        ("CPU flags", " ".join(facts.cpu_flags) or "unknown"),
+    ]
 
 
 def environment() -> Environment:
@@ -333,11 +366,11 @@ def _same(reference: ModelSpec, candidate: ModelSpec, what: str, wanted: object,
         )
 
 
-def _cosines_in_words(cosines: Cosines) -> str:
-    return (
-        f"mean {cosines.mean:.5f}, 1st percentile {cosines.percentile_1:.5f}, minimum {cosines.minimum:.5f} "
-        f"({cosines.texts:,} texts)"
+def _cosine_row(label: str, cosines: Cosines) -> tuple[str, str, str, str, str]:
+    mean, percentile, minimum = (
+        f"{value:.5f}" for value in (cosines.mean, cosines.percentile_1, cosines.minimum)
     )
+    return label, f"{cosines.texts:,}", mean, percentile, minimum
 
 
 def _change_in_words(change: Change, items: str) -> str:
@@ -357,15 +390,6 @@ def _cost_rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
         yield "speed", f"{speed.ratio:.2f} times FP32 ({rounds}, {workers})"
     if (texts := certificate.texts) is not None:
         yield "measured on", f"{texts.count:,} texts, sha256 {texts.sha256[:16]}"
-
-
-def _environment_rows(facts: Environment) -> list[tuple[str, str]]:
-    versions = ", ".join(f"{name} {number}" for name, number in facts.versions.items())
-    return [
-        ("engine", f"{facts.engine} ({versions}, Python {facts.python})"),
-        ("CPU", f"{facts.cpu or 'unknown'} ({facts.machine})"),
-        ("CPU flags", " ".join(facts.cpu_flags) or "unknown"),
-    ]
 
 
 # Least and most of each number that JSON may hold; a cosine rounded to six decimals stays within 1.
