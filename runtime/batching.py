@@ -13,10 +13,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,9 @@ from numpy.typing import NDArray
 from qingyu.errors import ClosedError
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.tokenizer import EncodedText
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 __all__ = ["Batcher", "Workers", "micro_batches", "windows"]
 
@@ -101,6 +103,8 @@ class Workers:
         self._own()
         with self._lock:
             if self._pool is None:
+                from concurrent.futures import ThreadPoolExecutor  # with logging; a lone text needs no pool
+
                 self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="qingyu")
             return self._pool.submit(self._limited, job)
 

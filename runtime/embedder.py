@@ -25,6 +25,7 @@ from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
 from qingyu.runtime.progress import progress_bar
+from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
 from qingyu.runtime.spec import ModelSpec, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import cosine, unit
@@ -82,8 +83,7 @@ def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
     ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with both places.
     """
     folder = Path(name_or_folder)
-    home = Path(os.environ.get("QINGYU_HOME") or Path.home() / ".cache" / "qingyu")
-    named = home / "models" / folder
+    named = qingyu_home() / "models" / folder
     if not folder.exists() and re.fullmatch(r"[\w.-]+", str(name_or_folder)) and named.is_dir():
         return named
     if not folder.exists():
@@ -103,7 +103,7 @@ class Embedder:
     """
 
     def __init__(
-        self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: OnnxRuntimeEngine, steps: Plan
+        self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
     ) -> None:
         self.spec = spec
         self.folder = folder
@@ -130,6 +130,7 @@ class Embedder:
         max_memory_mb: int | None = None,
         special_tokens: Literal["parse", "text"] = "parse",
         unicode_form: Literal["NFKC"] | None = None,
+        self_check: bool = True,
     ) -> Embedder:
         """An embedder for a model folder, its files checked against the hashes in its manifest.
 
@@ -138,7 +139,10 @@ class Embedder:
         container's CPU quota allow. ``max_memory_mb``: the resident memory that this process may reach while
         embedding; it decides workers and token budget, and loads the graph at once. ``special_tokens="text"``
         reads a typed ``[MASK]`` as plain text instead of the special token. ``unicode_form="NFKC"`` folds
-        full-width and compatibility forms before tokenizing, which the reference does not do.
+        full-width and compatibility forms before tokenizing, which the reference does not do. ``self_check=False``
+        trusts this machine's arithmetic: else the model's golden texts are embedded before the first vector on a
+        machine, which takes milliseconds, and ``KernelError`` raised or, where the folder has an FP32 graph too,
+        ``FallbackWarning`` issued when their vectors are wrong.
 
         Raises ``ModelNotFoundError``, ``ManifestError``, ``CorruptFileError``, ``TokenizerError``,
         ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``.
@@ -153,9 +157,19 @@ class Embedder:
             special_tokens=special_tokens,
             unicode_form=unicode_form,
         )
-        engine = OnnxRuntimeEngine(folder, spec, profile=profile, threads=threads)
+        engine = CheckedEngine(
+            OnnxRuntimeEngine(folder, spec, profile=profile, threads=threads), tokenizer, enabled=self_check
+        )
         embedder = cls(folder, spec, tokenizer, engine, _plan(engine, spec, max_memory_mb))
-        embedder._options = (folder, profile, threads, max_memory_mb, special_tokens, unicode_form)
+        embedder._options = (
+            folder,
+            profile,
+            threads,
+            max_memory_mb,
+            special_tokens,
+            unicode_form,
+            self_check,
+        )
         return embedder
 
     @property
@@ -224,8 +238,15 @@ class Embedder:
         return self._tokenizer.tokenize(text, prompt=self._prompt(prompt))
 
     def load(self) -> None:
-        """Load the graph now instead of at the first text."""
+        """Load the graph, and check the machine, now instead of at the first text."""
         self._engine.open()
+
+    def self_check(self) -> SelfCheck:
+        """Embed the model's golden texts now, whatever was found before; how close their vectors are.
+
+        Raises nothing for a failure: the next text will.
+        """
+        return self._engine.self_check()
 
     def close(self) -> None:
         """Wait for runs under way and free the graph; later calls raise ``ClosedError``."""
@@ -330,6 +351,7 @@ def _reopen(
     max_memory_mb: int | None,
     special_tokens: Literal["parse", "text"],
     unicode_form: Literal["NFKC"] | None,
+    self_check: bool,
 ) -> Embedder:
     return Embedder.open(
         folder,
@@ -338,6 +360,7 @@ def _reopen(
         max_memory_mb=max_memory_mb,
         special_tokens=special_tokens,
         unicode_form=unicode_form,
+        self_check=self_check,
     )
 
 
@@ -376,7 +399,7 @@ def _check_dim(dim: int | None, spec: ModelSpec) -> int:
     return dim
 
 
-def _plan(engine: OnnxRuntimeEngine, spec: ModelSpec, max_memory_mb: int | None) -> Plan:
+def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> Plan:
     free = None
     if max_memory_mb is not None:
         engine.open()  # what the weights take is measured, not estimated

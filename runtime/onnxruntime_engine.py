@@ -153,7 +153,7 @@ class OnnxRuntimeEngine:
         #: The name of the file that is loaded.
         self.file = spec.graph if self._edge is None else self._edge.file
         self.threads = self.settings.threads(threads)
-        self._options = (profile, threads)
+        self._options: tuple[Profile, int | None] = (profile, threads)
         self._closed = False
         self._session: Any = None
         self._start_afresh()
@@ -197,6 +197,11 @@ class OnnxRuntimeEngine:
         for name, value in zip(outputs, values, strict=True):
             self._check_value(name, value, batch)
         return values
+
+    def with_spec(self, spec: ModelSpec) -> OnnxRuntimeEngine:
+        """A new engine for another graph of the same folder, with this one's profile and threads."""
+        profile, threads = self._options
+        return OnnxRuntimeEngine(self.folder, spec, profile=profile, threads=threads)
 
     def close(self) -> None:
         """Wait for runs under way, then free the graph. May be called twice."""
