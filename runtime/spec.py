@@ -25,10 +25,14 @@ from qingyu.errors import CorruptFileError, ManifestError, ModelNotFoundError
 __all__ = [
     "MANIFEST",
     "Architecture",
+    "EdgeFile",
     "FileRecord",
+    "Golden",
     "ModelSpec",
     "Source",
     "decode",
+    "decode_vector",
+    "encode_vector",
     "read_spec",
     "sha256_of",
 ]
@@ -105,6 +109,7 @@ class ModelSpec:
     ``outputs`` are the graph's own names, the outputs among ``token_states`` (rows, tokens, hidden),
     ``pooled`` (rows, dim) and ``hidden_state_0`` ... ``hidden_state_<layers>`` (rows, tokens, hidden).
     ``files`` names every file that may be read. ``certificate`` is INT8 measured against FP32, as JSON.
+    ``weight_bits`` is the width of quantized weights, ``float_layers`` names the linear layers that stayed FP32.
     ``golden`` are texts to test a machine with, ``fallback`` names an FP32 graph for machines that fail, and ``edge``
     the file for the profile of that name.
     """
@@ -127,6 +132,8 @@ class ModelSpec:
     source: Source = field(default_factory=Source)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     certificate: Mapping[str, Any] | None = None
+    weight_bits: int | None = None
+    float_layers: tuple[str, ...] = ()
     golden: Golden | None = None
     fallback: str | None = None
     edge: EdgeFile | None = None
