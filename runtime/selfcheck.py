@@ -290,7 +290,9 @@ def _facts(spec: ModelSpec, file: str) -> dict[str, Any]:
         "onnxruntime": import_onnxruntime().__version__,
         "numpy": np.__version__,
         "tokenizers": tokenizers.__version__,
+        "file": file,
         "graph": spec.files[file].sha256,
+        "session": {} if spec.edge is None or file != spec.edge.file else dict(spec.edge.session),
         "tokenizer": spec.files["tokenizer.json"].sha256,
         "golden": hashlib.sha256(golden.encode("utf-8", "replace")).hexdigest(),
     }

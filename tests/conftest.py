@@ -14,6 +14,12 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def qingyu_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What models note about this machine goes to a folder of the test run, not into the user's own."""
+    os.environ["QINGYU_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():
