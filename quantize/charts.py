@@ -24,6 +24,7 @@ BINS = 32
 
 STYLE = """
 svg { display: block; width: 100%; height: auto; font: 11px system-ui, "Noto Sans CJK SC", sans-serif; }
+@media (max-width: 520px) { svg { font-size: 12.5px; } }
 svg text { fill: var(--text); }
 svg .muted { fill: var(--muted); }
 svg .grid { stroke: var(--grid); }
@@ -119,7 +120,7 @@ def histogram(values: NDArray[np.float64], *, label: str, marks: Mapping[str, fl
 
 def ranges(rows: Sequence[Range], *, label: str) -> str:
     """For each row a line from its minimum to its mean, on one axis; nothing but the axis without rows."""
-    left, right, step = 92, WIDTH - 60, 28
+    left, right, step = 66, WIDTH - 64, 28
     bottom = 8 + step * len(rows)
     values = [value for row in rows for value in row[1:]] or [1.0]
     x = _Scale.over(values, left, right)

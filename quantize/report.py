@@ -136,7 +136,7 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _cosine_table(certificate: Certificate) -> str:
-    head = ("", "texts", "mean", "1st percentile", "minimum")
+    head = ("", "texts", "mean", "1st pct", "minimum")
     return _table(head, cosine_rows(certificate), numbers=frozenset({1, 2, 3, 4}))
 
 
@@ -166,17 +166,16 @@ def _cosine_charts(certificate: Certificate, cosines: TextCosines) -> str:
         figures.append(_figure(title, histogram(values, label=title.lower(), marks=marks), note))
     for title, _, bands, _ in kinds:
         if bands:
-            note = "Tokens of a text. Dot and number: mean; tick: 1st percentile; line: from the minimum."
+            note = (
+                "Rows: tokens of a text. Dot and number: mean; tick: 1st percentile; line: from the minimum."
+            )
             chart = ranges(_band_rows(bands), label=title.lower())
             figures.append(_figure(f"{title} by length", chart, note))
     return _grid(figures)
 
 
 def _band_rows(bands: Mapping[str, Cosines]) -> list[Range]:
-    return [
-        Range(f"{name} tokens" if len(name) < 7 else name, c.minimum, c.percentile_1, c.mean)
-        for name, c in bands.items()
-    ]
+    return [Range(name, c.minimum, c.percentile_1, c.mean) for name, c in bands.items()]
 
 
 def _cost_charts(spec: ModelSpec, certificate: Certificate) -> str:
@@ -188,7 +187,7 @@ def _cost_charts(spec: ModelSpec, certificate: Certificate) -> str:
         figures.append(_figure("Size of the graph", bars(rows, label="megabytes; less is better")))
     if (speed := certificate.speed) is not None:
         rows = [Bar("FP32", 1.0, "1.00 x", False), Bar(name, speed.ratio, f"{speed.ratio:.2f} x", True)]
-        chart = bars(rows, label="throughput as a multiple of FP32; more is better")
+        chart = bars(rows, label="times FP32 throughput; more is better")
         note = (
             f"Median of {speed.rounds} interleaved rounds, which gave {speed.least:.2f} to {speed.most:.2f}."
         )
@@ -295,6 +294,11 @@ figure { margin: 0; max-width: 520px; display: flex; flex-direction: column; jus
 figcaption { font-weight: 500; margin-bottom: 8px; }
 figcaption small { display: block; color: var(--muted); font-weight: 400; }
 details { margin-top: 10px; font-size: 14px; } summary { cursor: pointer; color: var(--muted); }
+@media (max-width: 520px) {
+  body { padding: 8px; } section { padding: 10px; } td:not(.number) { min-width: 84px; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; }
+  table { font-size: 13px; } th, td { padding-right: 6px; } th.number { white-space: normal; }
+}
 @media print { details > * { display: block; } }
 """
 
