@@ -9,7 +9,7 @@ vectors with those of FP32 and of the same MODEL on this machine. It exits with 
 0.999 of FP32 here is not so there, or when a CPU could not be emulated.
 
 aarch64 needs a mount namespace of its own (root, or user namespaces): onnxruntime crashes on an x86 /sys and
-/proc/cpuinfo. Not here: speed, which emulation says nothing about, and SME, which docs/cpus.md has a word on.
+/proc/cpuinfo. Not here: speed, which emulation says nothing about.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ CPUS = (
     Cpu("cortex-a76", "aarch64", "cortex-a76", "dot product"),
     Cpu("armv8.6", "aarch64", "max,sve=off,sme=off", "i8mm"),
     Cpu("armv9", "aarch64", "max,sme=off", "i8mm and SVE"),
+    Cpu("armv9-sme", "aarch64", "max", "i8mm, SVE and SME"),
 )
 
 TEXTS = (

@@ -28,15 +28,17 @@ __all__ = ["main", "run"]
 def run(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Writes the vectors of ``job["texts"]`` for each of ``job["models"]`` to ``folder``; gives the report.
 
-    ``job["session_entries"]`` are session entries of onnxruntime to try on top of the engine's own.
+    ``job["session_entries"]`` are session entries of onnxruntime to try with the models, on top of the engine's
+    own; the kernels are tested without them.
     """
+    kernels = _kernels()
     entries = {**onnxruntime_engine.SESSION_ENTRIES, **job["session_entries"]}
     onnxruntime_engine.SESSION_ENTRIES = entries
     for number, model in enumerate(job["models"]):
         with Embedder.open(Path(model)) as embedder:
             np.save(folder / f"vectors-{number}.npy", embedder.embed(job["texts"]))
     return {
-        "kernels": _kernels(),
+        "kernels": kernels,
         "machine": platform.machine(),
         "onnxruntime": onnxruntime_engine.import_onnxruntime().__version__,
     }
@@ -46,7 +48,7 @@ def _kernels() -> str:
     try:
         return check_integer_kernels().verdict
     except QingyuError as error:
-        return f"not tested: {error.found}"
+        return f"not tested: {error.problem}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
