@@ -132,6 +132,7 @@ def test_an_error_in_a_run_is_raised_and_drops_what_waits():
 
     def run(batch: TokenBatch) -> np.ndarray:
         calls.append(1)
+        time.sleep(0.005)  # or the worker is through both windows before anybody looks
         raise ValueError("broken")
 
     workers = Workers(1)
