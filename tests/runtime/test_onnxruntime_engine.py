@@ -673,6 +673,19 @@ class TestLife:
         expected = engine.run(batch, ("pooled",))[0].tobytes().hex()
         assert in_child(OPEN_PICKLED + program, pickled).strip() == expected
 
+    def test_an_engine_for_another_graph_keeps_the_options(self, tmp_path: Path, spec: ModelSpec) -> None:
+        (tmp_path / "other.onnx").write_bytes((tmp_path / "model.onnx").read_bytes())
+        other = dataclasses.replace(
+            spec, graph="other.onnx", files={**spec.files, "other.onnx": spec.files["model.onnx"]}
+        )
+        with (
+            OnnxRuntimeEngine(tmp_path, spec, profile="edge", threads=1) as first,
+            first.with_spec(other) as second,
+        ):
+            assert (first.file, second.file) == ("model.onnx", "other.onnx")
+            assert second.settings == PROFILES["edge"]
+            np.testing.assert_array_equal(second.run(some_batch(), BOTH)[1], first.run(some_batch(), BOTH)[1])
+
     def test_pickling_keeps_the_options(self, tmp_path: Path, spec: ModelSpec) -> None:
         with OnnxRuntimeEngine(tmp_path, spec, profile="latency", threads=1) as engine:
             twin = pickle.loads(pickle.dumps(engine))
