@@ -14,8 +14,10 @@ as the least cosine with vectors of an AVX512-VNNI machine:
     ===================================== ================= ==================
 
 So an honest kernel rounds differently by as much as INT8 itself costs, yet stays as far from FP32 as every other: only
-against FP32 is there a narrow range to expect. Saturation costs a little less than twice the distance, which millions
-of CPUs without VNNI have, and which ``qingyu doctor`` names; four times is more than any of them.
+against FP32 is there a narrow range to expect. On the golden texts below, all those CPUs but Haswell came within a
+tenth of the distance measured here; Haswell had 1.3 times the distance (e5) and 2.4 times (random weights of the
+bge-small-zh shape). Millions of CPUs without VNNI saturate so; ``qingyu doctor`` says it, and it is no reason to refuse
+them. Four times is more than any of them.
 """
 
 from __future__ import annotations
