@@ -27,6 +27,7 @@ __all__ = [
     "cpu_flags",
     "cpu_model",
     "memory_limit",
+    "saturates_byte_products",
 ]
 
 ROOT = Path("/")
@@ -137,6 +138,15 @@ def cpu_flags(*, root: Path = ROOT) -> tuple[str, ...]:
     facts = _cpuinfo(root)
     found = {flag for key in ("flags", "features") for flag in facts.get(key, "").split()}
     return tuple(flag for flag in INTEGER_FLAGS if flag in found)
+
+
+def saturates_byte_products(*, root: Path = ROOT) -> bool:
+    """Whether this CPU's fast product of bytes adds pairs in 16 bits: x86 with AVX2 and without VNNI.
+
+    ``runtime/selftest.py`` measures the same; this asks the flags alone, which takes no time.
+    """
+    flags = set(cpu_flags(root=root))
+    return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def cpu_model(*, root: Path = ROOT) -> str:

@@ -35,7 +35,7 @@ from qingyu.errors import (
     MemoryBudgetError,
     QingyuError,
 )
-from qingyu.runtime.cpu import choose_threads
+from qingyu.runtime.cpu import choose_threads, saturates_byte_products
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.external_data import refuse_external_data
 from qingyu.runtime.spec import EdgeFile, ModelSpec, check_file, read_checked
@@ -68,6 +68,8 @@ SESSION_ENTRIES: Mapping[str, str] = {
     "session.intra_op.allow_spinning": "1",
     "session.force_spinning_stop": "1",
 }
+
+EXACT_PRODUCTS: Mapping[str, str] = {"session.x64quantprecision": "1"}
 
 INPUTS: Mapping[str, Callable[[TokenBatch], Ids]] = {
     "input_ids": lambda batch: batch.ids,
@@ -257,7 +259,10 @@ class OnnxRuntimeEngine:
         options = session_options(
             onnxruntime,
             threads=self.settings.threads_of_one_run(self.threads),
-            entries={} if self._edge is None else _edge_entries(self._edge),
+            entries={
+                **_product_entries(self.spec),
+                **({} if self._edge is None else _edge_entries(self._edge)),
+            },
         )
         with _SESSIONS_CHANGE:
             session = onnxruntime.InferenceSession(
@@ -453,6 +458,11 @@ def _require(path: Path, file: str, spec: ModelSpec) -> None:
 
 def _edge_entries(edge: EdgeFile) -> dict[str, str]:
     return {**edge.session, MODEL_FORMAT: "ORT"}
+
+
+def _product_entries(spec: ModelSpec) -> Mapping[str, str]:
+    """Exact integer products where the CPU's fast ones saturate: slower there, and right (docs/cpus.md)."""
+    return EXACT_PRODUCTS if spec.precision == "int8" and saturates_byte_products() else {}
 
 
 def session_options(

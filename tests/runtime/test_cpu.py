@@ -300,3 +300,20 @@ def test_a_real_v1_quota_decides_the_threads(real_group: Path, quota: int, expec
     )
     allowed = min(expected, len(os.sched_getaffinity(0)))
     assert done.stdout.split() == ["v1", str(quota / 100_000), str(allowed)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "saturates"),
+    [
+        ("sse4_1 avx2", True),
+        ("sse4_1 avx2 avx512f avx512bw", True),
+        ("sse4_1 avx2 avx512f avx512_vnni", False),
+        ("sse4_1 avx2 avx_vnni", False),
+        ("sse4_1", False),
+        ("asimd asimddp", False),
+        ("", False),
+    ],
+)
+def test_only_avx2_without_vnni_saturates(tree: Tree, flags: str, saturates: bool) -> None:
+    tree.write("proc/cpuinfo", f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert cpu.saturates_byte_products(root=tree.root) is saturates

@@ -808,3 +808,18 @@ class TestTelemetry:
         monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "to be restored")
         monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
         assert onnxruntime_engine.import_onnxruntime() is earlier
+
+
+@pytest.mark.parametrize(
+    ("precision", "saturates", "exact"), [("int8", True, True), ("int8", False, False), ("fp32", True, False)]
+)
+def test_quantized_graphs_ask_for_exact_products_where_the_fast_ones_saturate(
+    monkeypatch, precision, saturates, exact
+):
+    from types import SimpleNamespace
+
+    from qingyu.runtime import onnxruntime_engine
+
+    monkeypatch.setattr(onnxruntime_engine, "saturates_byte_products", lambda: saturates)
+    entries = onnxruntime_engine._product_entries(SimpleNamespace(precision=precision))
+    assert ("session.x64quantprecision" in entries) is exact
