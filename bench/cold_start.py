@@ -91,7 +91,7 @@ def _run(model: Path, profile: str, home: str, what: str) -> tuple[int, dict[str
     environment = {**os.environ, "QINGYU_HOME": home, "PYTHONPYCACHEPREFIX": str(Path(home, "compiled"))}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.perf_counter_ns()
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return start, json.loads(done.stdout)
 
 
