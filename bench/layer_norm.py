@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,15 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     ids = np.zeros((1, 256), dtype=np.int64)
     sessions = {"fused": session(graph(fused=True)), "plain": session(graph(fused=False))}
-    outputs = [runner.run(None, {"ids": ids})[0] for runner in sessions.values()]
-    np.testing.assert_allclose(*outputs, atol=1e-4)
+    fused, plain = (runner.run(None, {"ids": ids})[0] for runner in sessions.values())
+    np.testing.assert_allclose(fused, plain, atol=1e-4)
 
     def repeated(runner: Any) -> None:  # noqa: ANN401 - as above
         for _ in range(REPEATS):
             runner.run(None, {"ids": ids})
 
     seconds = time_rounds(
-        {name: lambda s=s: repeated(s) for name, s in sessions.items()}, rounds=options.rounds
+        {name: partial(repeated, own) for name, own in sessions.items()}, rounds=options.rounds
     )
     microseconds = {name: round(value / REPEATS * 1e6, 1) for name, value in medians(seconds).items()}
     ratio = round(ratios_to(seconds, "fused")["plain"], 2)
