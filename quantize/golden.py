@@ -16,8 +16,8 @@ as the least cosine with vectors of an AVX512-VNNI machine:
 So an honest kernel rounds differently by as much as INT8 itself costs, yet stays as far from FP32 as every other: only
 against FP32 is there a narrow range to expect. On the golden texts below, all those CPUs but Haswell came within a
 tenth of the distance measured here; Haswell had 1.3 times the distance (e5) and 2.4 times (random weights of the
-bge-small-zh shape). Millions of CPUs without VNNI saturate so; ``qingyu doctor`` says it, and it is no reason to refuse
-them. Four times is more than any of them.
+bge-small-zh shape). That was before the engine asked such CPUs for exact products; it still is so where a CPU's flags
+cannot be read, and is no reason to refuse the machine. Four times is more than any of them.
 """
 
 from __future__ import annotations

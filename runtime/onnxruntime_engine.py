@@ -89,7 +89,8 @@ class Settings:
     ``one_thread_runs``: the caller runs several micro-batches at once, each in one thread, instead of one
     micro-batch in several threads. ``default_threads``: ``None`` is all CPUs this process may use.
     ``token_budget``: tokens of one micro-batch, padding counted; after a larger run the memory that it took
-    is given back. ``edge_file``: the manifest's edge file is used instead of the ONNX graph, where it has one.
+    is given back. ``edge_file``: the manifest's edge file is used instead of the ONNX graph, where it has one
+    and the CPU computes exact products with it.
     """
 
     one_thread_runs: bool
@@ -151,7 +152,7 @@ class OnnxRuntimeEngine:
         self.folder = Path(folder).absolute()
         self.spec = spec
         self.settings = PROFILES[profile]
-        self._edge = spec.edge if self.settings.edge_file else None
+        self._edge = spec.edge if self.settings.edge_file and not _product_entries(spec) else None
         #: The name of the file that is loaded.
         self.file = spec.graph if self._edge is None else self._edge.file
         self.threads = self.settings.threads(threads)
@@ -461,7 +462,11 @@ def _edge_entries(edge: EdgeFile) -> dict[str, str]:
 
 
 def _product_entries(spec: ModelSpec) -> Mapping[str, str]:
-    """Exact integer products where the CPU's fast ones saturate: slower there, and right (docs/cpus.md)."""
+    """Exact integer products where the CPU's fast ones saturate: slower there, and right (docs/cpus.md).
+
+    onnxruntime changes the weights for it while it optimizes a graph, which it does not do with an edge file
+    (measured: on an emulated Haswell its products saturate as before). So such CPUs are given the graph.
+    """
     return EXACT_PRODUCTS if spec.precision == "int8" and saturates_byte_products() else {}
 
 

@@ -92,6 +92,16 @@ def test_the_edge_profile_works_without_an_edge_file(
     assert names == ["model.onnx"]
 
 
+def test_int8_on_a_cpu_that_saturates_takes_the_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact products can only be asked for there. The edge file is still written, and compared, as everywhere."""
+    names = opened_files(monkeypatch)
+    monkeypatch.setattr(onnxruntime_engine, "saturates_byte_products", lambda: True)
+    spec = add_edge(folder)
+    assert [name.startswith(f".{EDGE_FILE}") for name in names] == [False, False, True]
+    embed(folder, profile="edge")
+    assert names[3:] == (["model.onnx"] if spec.precision == "int8" else [EDGE_FILE])
+
+
 def test_the_manifest_records_the_file_and_its_options(folder: Path) -> None:
     spec = add_edge(folder)
     assert spec == read_spec(folder)
