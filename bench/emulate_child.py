@@ -33,7 +33,7 @@ def run(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
     kernels = _kernels()
     # Under an emulator /proc/cpuinfo is still the host's: what the kernels do stands in for the CPU's flags.
-    onnxruntime_engine.saturates_byte_products = lambda *, root=Path("/"): kernels == "saturates"
+    vars(onnxruntime_engine)["saturates_byte_products"] = lambda: kernels == "saturates"
     entries = {**onnxruntime_engine.SESSION_ENTRIES, **job["session_entries"]}
     onnxruntime_engine.SESSION_ENTRIES = entries
     for number, model in enumerate(job["models"]):

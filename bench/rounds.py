@@ -15,7 +15,7 @@ def time_rounds(contenders: Mapping[str, Callable[[], object]], *, rounds: int) 
         call()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
-        order = list(contenders) if number % 2 == 0 else list(reversed(contenders))
+        order = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
         for name in order:
             start = time.perf_counter()
             contenders[name]()
