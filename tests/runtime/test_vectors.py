@@ -35,7 +35,9 @@ def test_int8_is_within_half_a_scale_and_keeps_cosines():
     assert scales.shape == (50,)
     # Half a scale, and the rounding of the division.
     assert (np.abs(codes * scales[:, None] - rows) <= scales[:, None] * 0.5001).all()
-    assert np.abs(cosine(codes.astype(np.float32), codes.astype(np.float32)) - cosine(rows, rows)).max() < 0.01
+    assert (
+        np.abs(cosine(codes.astype(np.float32), codes.astype(np.float32)) - cosine(rows, rows)).max() < 0.01
+    )
 
 
 def test_int8_of_a_zero_vector_is_zero():
