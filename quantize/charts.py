@@ -98,10 +98,12 @@ class _Scale:
 
 def histogram(values: NDArray[np.float64], *, label: str, marks: Mapping[str, float]) -> str:
     """How many of the ``values``, at least one, fall into each of 32 equal bins; ``marks`` are named lines."""
-    top, bottom, left, right = 34, 168, 38, WIDTH - 12
-    x = _Scale.over(values.tolist(), left, right)
+    top, bottom, right = 34, 168, WIDTH - 12
+    x = _Scale.over(values.tolist(), 0, right)
     counts, edges = np.histogram(values, bins=BINS, range=(x.low, x.high))
     y = _Scale.over([float(counts.max())], bottom, top, least=0.0).rounded(whole=True)
+    left = _margin(y.ticks(whole=True))
+    x = dataclasses.replace(x, start=left)
     parts = [_value_axis(y, left, right, unit="texts", whole=True), _bottom_axis(x, bottom, label)]
     for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if count:
@@ -138,8 +140,9 @@ def ranges(rows: Sequence[Range], *, label: str) -> str:
 
 def columns(values: Sequence[float], *, label: str, unit: str) -> str:
     """A column for each value from 0 up, numbered from 0; nothing but the axes without values."""
-    top, bottom, left, right = 20, 160, 38, WIDTH - 8
+    top, bottom, right = 20, 160, WIDTH - 8
     y = _Scale.over(values or [1.0], bottom, top, least=0.0).rounded()
+    left = _margin(y.ticks())
     parts = [_value_axis(y, left, right, unit=unit)]
     step = (right - left) / max(len(values), 1)
     every = math.ceil(len(values) / 13)
@@ -175,6 +178,11 @@ def escaped(value: str) -> str:
     """Text for HTML and XML alike: markup escaped, and characters that neither may hold shown as U+FFFD."""
     clean = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", value)
     return html.escape(clean, quote=True)
+
+
+def _margin(ticks: Sequence[tuple[float, str]]) -> float:
+    """Room for the labels of a value axis, at 7 units a character, which 12.5-unit digits stay below."""
+    return max(38.0, 8.0 + 7.0 * max(len(shown) for _, shown in ticks))
 
 
 def _value_axis(y: _Scale, left: float, right: float, *, unit: str, whole: bool = False) -> str:

@@ -335,6 +335,18 @@ def test_columns_of_any_values_are_drawn_within_their_frame(values: list[float])
     assert svg.count("<rect") == len(values)
 
 
+@pytest.mark.parametrize("largest", [1e-4, 0.0083, 0.068, 5.9, 20.0, 54321.0])
+def test_labels_of_the_value_axis_are_not_cut_off(largest: float) -> None:
+    for svg in (
+        columns([largest], label="after layer", unit="1 - cos"),
+        histogram(np.zeros(max(1, int(largest))), label="x", marks={}),
+    ):
+        texts = [node for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("text")]
+        ends = [node for node in texts if node.attrib["text-anchor"] == "end"]
+        assert len(ends) >= 2
+        assert all(float(node.attrib["x"]) >= 7 * len(node.text or "") for node in ends)
+
+
 @pytest.mark.parametrize("values", [[], [0.0, 0.0], [138.8, 35.3], [1.0, 1e6]])
 def test_bars_of_any_values_are_drawn_within_their_frame(values: list[float]) -> None:
     rows = [Bar("x", value, f"{value} MB", True) for value in values]
