@@ -44,7 +44,7 @@ FORMAT = 1
 MANIFEST_LIMIT = 4 << 20  # a manifest is a few kilobytes; anything near this is not one
 
 Pooling = Literal["cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last"]
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ __all__ = [
     "LinearWriter",
     "Select",
     "linear_shapes",
+    "norm_before",
     "output_names",
     "read_plan",
     "read_weights",
@@ -139,6 +140,11 @@ def linear_shapes(sizes: Architecture, layer: int) -> dict[str, tuple[int, int]]
     }
 
 
+def norm_before(layer: int) -> str:
+    """What the name of the LayerNormalization begins with that gives a layer its input."""
+    return f"encoder.layer.{layer - 1}.output" if layer else "embeddings"
+
+
 class FoldedWeights(Mapping[str, Weights]):
     """A checkpoint's weights as ``write_graph`` wants them, computed when asked for.
 
@@ -191,6 +197,11 @@ def write_graph(
     with ``plan.hidden_states`` ``hidden_state_0`` (the embedding) to ``hidden_state_<layers>`` (equal to
     ``token_states``). ``domains`` names the operator sets that ``linear`` uses beside the standard one.
     ``progress`` is called with the number of layers written and their total.
+
+    A LayerNormalization whose state linear layers and the residual share may be moved and scaled for the sake of
+    the former: with ``<name>.LayerNorm.scales`` and ``.shift`` (hidden,) in ``weights`` it gives
+    (state - shift) / scales. The graph then scales the residual back, the bias of the linear layer that is added
+    to it must hold the shift, and hidden states come out as they were.
     """
     graph = GraphBuilder()
     writer = _Encoder(graph, plan, weights, linear)
@@ -241,6 +252,17 @@ class _Encoder:
         epsilon = self.plan.architecture.layer_norm_eps
         return self.graph.node("LayerNormalization", inputs, attributes={"axis": -1, "epsilon": epsilon})
 
+    def _residual(self, state: str, name: str) -> str:
+        """The state that ``_norm`` gave, scaled back if it was scaled."""
+        scales = self.weights.get(f"{name}.LayerNorm.scales")
+        return state if scales is None else self.graph.node("Mul", [state, self.graph.constant(scales)])
+
+    def _restored(self, state: str, name: str) -> str:
+        """The state that ``_norm`` gave, as it would be without scales and shift."""
+        shift = self.weights.get(f"{name}.LayerNorm.shift")
+        state = self._residual(state, name)
+        return state if shift is None else self.graph.node("Add", [state, self.graph.constant(shift)])
+
     def _linear(self, prepared: Any, name: str) -> str:  # noqa: ANN401 - the writer's own type, passed through
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
         return self.linear.apply(self.graph, prepared, name, weight, bias)
@@ -279,11 +301,13 @@ class _Encoder:
         graph, prefix = self.graph, f"encoder.layer.{number}"
         mixed = self._attention(state, f"{prefix}.attention.self")
         mixed = self._only(mixed, f"{prefix}.attention.output.dense")
-        state = self._norm(graph.node("Add", [mixed, state]), f"{prefix}.attention.output")
+        residual = self._residual(state, norm_before(number))
+        state = self._norm(graph.node("Add", [mixed, residual]), f"{prefix}.attention.output")
         wide = self._only(state, f"{prefix}.intermediate.dense")
         wide = ACTIVATIONS[self.plan.architecture.activation](graph, wide)
         narrow = self._only(wide, f"{prefix}.output.dense")
-        return self._norm(graph.node("Add", [narrow, state]), f"{prefix}.output")
+        residual = self._residual(state, f"{prefix}.attention.output")
+        return self._norm(graph.node("Add", [narrow, residual]), f"{prefix}.output")
 
     def _attention(self, state: str, name: str) -> str:
         graph = self.graph
@@ -309,7 +333,8 @@ class _Encoder:
         graph.node("Reshape", [states[-1], self.by_row], output="token_states")
         if plan.hidden_states:
             for number, state in enumerate(states):
-                graph.node("Reshape", [state, self.by_row], output=f"hidden_state_{number}")
+                whole = self._restored(state, norm_before(number))
+                graph.node("Reshape", [whole, self.by_row], output=f"hidden_state_{number}")
         pooled = write_pooling(graph, plan.pooling, "token_states", "attention_mask")
         return write_head(graph, plan.head, self.weights, pooled, plan.architecture.hidden_size)
 
@@ -399,7 +424,7 @@ def _load(path: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(path, load_external_data=False)
+        return onnx.load(path, format="protobuf", load_external_data=False)
     except (OSError, DecodeError, ValueError) as error:
         raise _not_ours(path, "an ONNX graph", str(error) or type(error).__name__) from None
 

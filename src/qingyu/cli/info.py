@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from qingyu.cli.certificate import as_text
 from qingyu.cli.common import new_command
 from qingyu.cli.table import facts
 
@@ -29,7 +30,14 @@ def run(options: argparse.Namespace) -> int:
     from qingyu.runtime.spec import read_spec
 
     spec = read_spec(find_model(options.model))
-    print(json.dumps(json.loads(spec.to_json()), ensure_ascii=False) if options.json else facts(_facts(spec)))
+    if options.json:
+        print(json.dumps(json.loads(spec.to_json()), ensure_ascii=False))
+        return 0
+    print(facts(_facts(spec)))
+    if spec.certificate is not None:
+        from qingyu.quantize.certificate import Certificate
+
+        print(f"\n{as_text(Certificate.from_json(spec.certificate))}")
     return 0
 
 
@@ -49,5 +57,7 @@ def _facts(spec: ModelSpec) -> dict[str, object]:
         "licence": spec.source.license or "not stated by the checkpoint",
         "source": spec.source.repository or "not stated by the checkpoint",
         **{f"file {name}": f"{record.bytes / 1e6:.2f} MB" for name, record in spec.files.items()},
-        "certificate": dict(spec.certificate) if spec.certificate else "none",
+        "kept in FP32": ", ".join(spec.float_layers) or "none",
+        "self-check": f"{len(spec.golden.texts)} golden texts" if spec.golden else "none",
+        "certificate": "below" if spec.certificate else "none",
     }

@@ -1,41 +1,69 @@
-"""``qingyu quantize``: an FP32 model folder becomes an INT8 one, measured against it."""
+"""``qingyu quantize``: an FP32 model folder becomes a quantized one, if it stays close enough."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qingyu.cli.certificate import add_gate, add_measuring, as_text, retrieval_sets, similarity_sets, texts_of
 from qingyu.cli.common import new_command
-from qingyu.cli.table import render
-from qingyu.cli.text_input import add_file_arguments, read_texts
+from qingyu.cli.text_input import read_texts
 
-__all__ = ["add", "certificate_table", "run"]
+if TYPE_CHECKING:
+    from qingyu.quantize import Outcome
 
-EXAMPLE = "qingyu quantize out/e5 out/e5-int8 --texts sentences.txt"
+__all__ = ["add", "run"]
+
+EXAMPLE = """\
+qingyu quantize out/e5 out/e5-int8
+qingyu quantize out/e5 out/e5-int8 --recipe auto --texts sentences.txt --edge --report report.html"""
+
+# Those of qingyu.quantize.recipes (a test compares), which is not imported to print a help page.
+RECIPES = (
+    "auto",
+    "rowwise",
+    "hybrid",
+    "dynamic",
+    "static",
+    "static-percentile",
+    "static-entropy",
+    "weights-8",
+    "weights-4",
+    "fp16",
+)
+CALIBRATION_TEXTS = 512  # of a file; statistics change little with more
 
 
 def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers type
     """Add the command."""
-    parser = new_command(
-        commands, "quantize", "make an INT8 model folder and measure it against FP32", EXAMPLE
-    )
+    summary = "make an INT8 (or smaller) model folder, measured against FP32 and refused if too far from it"
+    parser = new_command(commands, "quantize", summary, EXAMPLE)
     parser.add_argument("model", metavar="FOLDER", type=Path, help="FP32 model folder")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="INT8 model folder to make")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="model folder to make")
     parser.add_argument(
-        "--texts", required=True, metavar="FILE", help="texts to measure on, - for standard input"
+        "--recipe",
+        choices=RECIPES,
+        default="rowwise",
+        help="auto tries from the fastest to the most faithful (default: %(default)s)",
     )
-    add_file_arguments(parser)
+    add_measuring(parser)
+    add_gate(parser)
     parser.add_argument(
-        "--max-texts",
-        type=int,
-        default=2000,
-        metavar="N",
-        help="measure on the first N (default: %(default)s)",
+        "--calibration", metavar="FILE", help="texts to set scales with (default: the built-in sample)"
     )
+    parser.add_argument("--weight-bits", type=int, metavar="N", help="7 for CPUs without VNNI")
+    parser.add_argument(
+        "--edge", action="store_true", help="also write a memory-mapped file for the edge profile"
+    )
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="also keep the FP32 graph, for machines that fail the self-check",
+    )
+    parser.add_argument("--report", type=Path, metavar="HTML", help="write charts of what was measured")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
     parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
     parser.set_defaults(run=run)
@@ -43,33 +71,41 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
 
 def run(options: argparse.Namespace) -> int:
     """Quantize, and print the certificate."""
-    from qingyu.quantize import quantize
+    from qingyu.quantize import Gate, quantize
 
-    texts = list(
-        islice(read_texts(options.texts, form=options.format, field=options.field), options.max_texts)
+    outcome = quantize(
+        options.model,
+        options.output,
+        recipe=options.recipe,
+        texts=texts_of(options),
+        calibration=_calibration(options.calibration),
+        gate=Gate(options.min_cosine, options.min_worst_cosine),
+        retrieval=retrieval_sets(options),
+        similarity=similarity_sets(options),
+        weight_bits=options.weight_bits,
+        edge=options.edge,
+        fallback=options.fallback,
+        report=options.report,
+        speed_rounds=options.speed_rounds,
+        overwrite=options.overwrite,
+        progress=True,
     )
-    spec = quantize(options.model, options.output, texts=texts, overwrite=options.overwrite)
-    certificate = dict(spec.certificate or {})
     if options.json:
-        print(json.dumps(certificate, ensure_ascii=False))
-        return 0
-    print(f"{options.output}: {spec.name}, {spec.recipe}, {spec.files[spec.graph].bytes / 1e6:.1f} MB\n")
-    print(certificate_table(certificate))
+        print(json.dumps(outcome.spec.certificate, ensure_ascii=False))
+    else:
+        print(_described(outcome, options))
     return 0
 
 
-def certificate_table(certificate: Mapping[str, Any]) -> str:
-    """The certificate as a table for people."""
-    groups = {
-        "all texts": certificate["cosine"],
-        "all, centred": certificate["centred_cosine"],
-        **{f"{tokens} tokens": cosines for tokens, cosines in certificate["bands"].items()},
-    }
-    rows = [
-        [name, str(c["texts"]), f"{c['mean']:.5f}", f"{c['percentile_1']:.5f}", f"{c['minimum']:.5f}"]
-        for name, c in groups.items()
-    ]
-    table = render(["cosine to FP32", "texts", "mean", "1st pct", "min"], rows, right=frozenset({1, 2, 3, 4}))
-    overlap = certificate["top_10_overlap"]
-    shown = "not measured (fewer than 20 texts)" if overlap is None else f"{overlap:.3f}"
-    return f"{table}\n\ntop-10 neighbours kept: {shown}"
+def _calibration(source: str | None) -> list[str] | None:
+    return None if source is None else list(islice(read_texts(source), CALIBRATION_TEXTS))
+
+
+def _described(outcome: Outcome, options: argparse.Namespace) -> str:
+    spec = outcome.spec
+    size = spec.files[spec.graph].bytes / 1e6
+    over = [f"passed over {candidate.recipe}: {candidate.reason}" for candidate in outcome.passed_over]
+    kept = [f"kept in FP32: {', '.join(spec.float_layers)}"] if spec.float_layers else []
+    report = [f"report: {options.report}"] if options.report else []
+    made = f"{options.output}: {spec.name}, {spec.recipe}, {size:.1f} MB"
+    return "\n".join([*over, made, *kept, *report, "", as_text(outcome.measured.certificate)])

@@ -1,0 +1,78 @@
+"""``qingyu verify``: a quantized model folder measured again, here, against its FP32 folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qingyu.cli.certificate import add_gate, add_measuring, as_text, retrieval_sets, similarity_sets, texts_of
+from qingyu.cli.common import new_command
+from qingyu.errors import FidelityError
+
+if TYPE_CHECKING:
+    from qingyu.quantize.certificate import Certificate
+    from qingyu.runtime.spec import ModelSpec
+
+__all__ = ["add", "run"]
+
+EXAMPLE = "qingyu verify out/e5-int8 --against out/e5 --texts sentences.txt"
+
+
+def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers type
+    """Add the command."""
+    summary = "measure a quantized model folder against its FP32 folder on this machine"
+    parser = new_command(commands, "verify", summary, EXAMPLE)
+    parser.add_argument("model", metavar="FOLDER", type=Path, help="quantized model folder")
+    parser.add_argument("--against", required=True, metavar="FP32", type=Path, help="FP32 model folder")
+    add_measuring(parser)
+    add_gate(parser)
+    parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the certificate; the exit code is 6 when it misses the gate."""
+    from qingyu.quantize import Gate, verify
+    from qingyu.quantize.texts import calibration_texts
+    from qingyu.runtime.spec import read_spec
+
+    spec = read_spec(options.model)
+    texts = texts_of(options)
+    certificate = verify(
+        options.model,
+        options.against,
+        calibration_texts() if texts is None else texts,
+        retrieval=retrieval_sets(options),
+        similarity=similarity_sets(options),
+        speed_rounds=options.speed_rounds,
+        progress=True,
+    ).certificate
+    print(json.dumps(certificate.to_json(), ensure_ascii=False) if options.json else as_text(certificate))
+    if not options.json:
+        print(f"\n{_against_stored(spec, certificate)}")
+    missed = Gate(options.min_cosine, options.min_worst_cosine).missed(certificate)
+    if missed:
+        raise FidelityError(
+            f"{options.model} is too far from FP32",
+            expected=f"a mean cosine of {options.min_cosine:g}, {options.min_worst_cosine:g} at worst",
+            found=missed,
+            remedy="Quantize again with a more faithful recipe.",
+        )
+    return 0
+
+
+def _against_stored(spec: ModelSpec, certificate: Certificate) -> str:
+    from qingyu.quantize.certificate import Certificate, differences
+
+    if spec.certificate is None:
+        return "The manifest has no certificate to compare with."
+    stored = Certificate.from_json(spec.certificate)
+    if stored.texts != certificate.texts:
+        return "The certificate in the manifest was measured on other texts."
+    found = differences(stored, certificate)
+    if not found:
+        return "The certificate in the manifest says the same."
+    changes = [f"{change.figure} {change.stored:.5f} -> {change.recomputed:.5f}" for change in found]
+    return "The certificate in the manifest says otherwise: " + ", ".join(changes)
