@@ -104,6 +104,14 @@ class GraphBuilder:
         self._taken.update((name, result))
         return result
 
+    def nodes(self, operator: str, inputs: Sequence[str], *, outputs: int) -> list[str]:
+        """One node with several outputs."""
+        first = self.node(operator, inputs)
+        further = [self._free(f"{first}_{number}") for number in range(1, outputs)]
+        self.graph.node[-1].output.extend(further)
+        self._taken.update(further)
+        return [first, *further]
+
     def finish(
         self,
         inputs: Mapping[str, Sequence[str | int]],

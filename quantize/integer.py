@@ -1,0 +1,181 @@
+"""Linear layers as 8-bit integer products, and how the scale of their input is found.
+
+    row       a scale for each token, when the graph runs: a vector does not depend on its neighbours in a batch
+    tensor    one scale and zero point for a whole micro-batch, when the graph runs: it does
+    static    one scale and zero point, fixed by calibration: it does not
+
+Activations are uint8, because onnxruntime's int8 x int8 product is about ten times slower on x86. Weights have a
+scale for each output channel. Tables (words, positions) are int8 with a scale for each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qingyu.models.export.builder import GraphBuilder
+from qingyu.models.export.graph import Select
+from qingyu.quantize.codes import SMALLEST, quantize_columns, quantize_rows
+from qingyu.quantize.inputs import Input, input_of
+from qingyu.quantize.ranges import Range
+
+__all__ = ["FLOORS", "MICROSOFT", "IntegerLinear", "Scale", "lookup_rows"]
+
+MICROSOFT = "com.microsoft"
+FLOAT = 1  # onnx.TensorProto.FLOAT
+
+Scale = Literal["row", "tensor", "static"]
+Floats = NDArray[np.float32]
+
+MIDDLE = np.uint8(128)
+LEVELS = np.float32(127)
+# The least value of an activation function, where it has one: codes below the zero point then need not reach as
+# far as those above it. Magnitudes, rounded up.
+FLOORS: Mapping[str, float] = {
+    "gelu": 0.17,
+    "gelu_python": 0.17,
+    "gelu_new": 0.1701,
+    "gelu_pytorch_tanh": 0.1701,
+    "relu": 0.0,
+    "silu": 0.2785,
+    "swish": 0.2785,
+}
+# Of 256 codes, those below zero where there is a floor: a compromise, since tokens with small values would like
+# more and those with large ones fewer. 16, 24, 32 and 48 measured alike on GELU.
+FLOOR_CODES = np.uint8(32)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Names of an input's uint8 codes (rows * tokens, in), its zero point, and the scale that the product takes.
+
+    ``rows`` are the scales (rows * tokens, 1) that are applied after the product, if any.
+    """
+
+    codes: str
+    zero_point: str
+    scale: str
+    rows: str | None = None
+
+
+class IntegerLinear:
+    """A ``LinearWriter`` of integer products; one instance writes one graph.
+
+    ``scales`` says how each input finds its scale. ``ranges`` has a range for each linear layer whose input is
+    static. ``floor`` is the magnitude of the least value of the activation function, ``None`` if it has none.
+    """
+
+    def __init__(
+        self,
+        scales: Mapping[Input, Scale],
+        *,
+        ranges: Mapping[str, Range],
+        floor: float | None = None,
+        weight_bits: int = 8,
+    ) -> None:
+        self._scales, self._ranges = scales, ranges
+        self._floor = floor
+        self._weight_bits = weight_bits
+        self._zeros: dict[int, str] = {}
+
+    def prepare(self, graph: GraphBuilder, activation: str, names: Sequence[str]) -> Codes:
+        """The activation as codes."""
+        ways: Mapping[Scale, Callable[[GraphBuilder, str, str], Codes]] = {
+            "row": self._by_row,
+            "tensor": self._by_tensor,
+            "static": self._static,
+        }
+        return ways[self._scales[input_of(names[0])]](graph, activation, names[0])
+
+    def _by_row(self, graph: GraphBuilder, activation: str, name: str) -> Codes:
+        floor = self._floor if input_of(name) == "output" else None
+        scales, zero_point = (
+            self._symmetric(graph, activation) if floor is None else self._floored(graph, activation, floor)
+        )
+        flat = graph.node("Squeeze", [scales, graph.ints(1)])
+        inputs = [activation, flat, self._zero_vector(graph, flat, zero_point)]
+        codes = graph.node("QuantizeLinear", inputs, attributes={"axis": 0})
+        return Codes(codes, graph.constant(zero_point), graph.constant(np.float32(1)), scales)
+
+    def _symmetric(self, graph: GraphBuilder, activation: str) -> tuple[str, np.uint8]:
+        largest = _largest(graph, graph.node("Abs", [activation]))
+        scales = graph.node("Mul", [largest, graph.constant(1 / LEVELS)])
+        return graph.node("Max", [scales, graph.constant(SMALLEST)]), MIDDLE
+
+    def _floored(self, graph: GraphBuilder, activation: str, floor: float) -> tuple[str, np.uint8]:
+        """Finer than symmetric codes by up to 1.75, and without the pass over magnitudes."""
+        zero_point = FLOOR_CODES if floor else np.uint8(0)
+        scales = graph.node(
+            "Mul", [_largest(graph, activation), graph.constant(np.float32(1 / (255 - int(zero_point))))]
+        )
+        least = np.float32(floor / int(zero_point)) if floor else SMALLEST
+        return graph.node("Max", [scales, graph.constant(least)]), zero_point
+
+    def _zero_vector(self, graph: GraphBuilder, scales: str, zero_point: np.uint8) -> str:
+        # All activations of a graph have the same number of rows, so one vector of zero points serves them all.
+        key = int(zero_point)
+        if key not in self._zeros:
+            import onnx
+
+            value = onnx.numpy_helper.from_array(np.array([zero_point], dtype=np.uint8))
+            shape = graph.node("Shape", [scales])
+            self._zeros[key] = graph.node("ConstantOfShape", [shape], attributes={"value": value})
+        return self._zeros[key]
+
+    def _by_tensor(self, graph: GraphBuilder, activation: str, name: str) -> Codes:
+        # onnxruntime makes one operator of this and a product that is its only reader.
+        return Codes(*_reordered(graph.nodes("DynamicQuantizeLinear", [activation], outputs=3)))
+
+    def _static(self, graph: GraphBuilder, activation: str, name: str) -> Codes:
+        found = self._ranges[name]
+        scale = graph.constant(np.float32(found.scale))
+        zero_point = graph.constant(np.uint8(found.zero_point))
+        return Codes(graph.node("QuantizeLinear", [activation, scale, zero_point]), zero_point, scale)
+
+    def apply(self, graph: GraphBuilder, prepared: Codes, name: str, weight: Floats, bias: Floats) -> str:
+        """An integer product, scaled by channel inside the operator and by row after it, plus the bias."""
+        codes, scales = quantize_columns(weight, bits=self._weight_bits)
+        inputs = [
+            prepared.codes,
+            graph.weight(f"{name}.weight.codes", codes),
+            prepared.scale,
+            graph.weight(f"{name}.weight.scales", scales),
+            prepared.zero_point,
+        ]
+        needed = bool(bias.any())  # see folding.without_spare_biases
+        if prepared.rows is None and needed:
+            inputs += ["", graph.weight(f"{name}.bias", bias)]  # "": no zero points of weights
+        product = graph.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT)
+        if prepared.rows is None:
+            return product
+        product = graph.node("Mul", [product, prepared.rows])
+        if not needed:
+            return product
+        # With a bias of one axis onnxruntime would fuse this and GELU into its BiasGelu, which takes a third
+        # longer than the two operators.
+        return graph.node("Add", [product, graph.weight(f"{name}.bias", bias[None, :])])
+
+    def lookup(self, graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
+        """The selected rows of a table stored as int8 with a scale for each row."""
+        return lookup_rows(graph, name, table, select)
+
+
+def lookup_rows(graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
+    """The rows of a ``table`` (entries, hidden) that ``select`` takes, stored as int8 with a scale for each."""
+    codes, scales = quantize_rows(table)
+    chosen = select(graph.weight(f"{name}.weight.codes", codes))
+    wide = graph.node("Cast", [chosen], attributes={"to": FLOAT})
+    return graph.node("Mul", [wide, select(graph.weight(f"{name}.weight.scales", scales))])
+
+
+def _largest(graph: GraphBuilder, values: str) -> str:
+    return graph.node("ReduceMax", [values, graph.ints(-1)], attributes={"keepdims": 1})
+
+
+def _reordered(outputs: Sequence[str]) -> tuple[str, str, str]:
+    codes, scale, zero_point = outputs
+    return codes, zero_point, scale

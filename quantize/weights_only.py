@@ -1,0 +1,101 @@
+"""Linear layers whose weights alone are smaller in the file: 8- or 4-bit blocks, or halves of FP32.
+
+Blocks run in com.microsoft.MatMulNBits. Not here: integer products with one scale for each input (``integer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qingyu.errors import UnsupportedModelError
+from qingyu.models.export.builder import GraphBuilder
+from qingyu.models.export.graph import Select
+from qingyu.quantize.codes import quantize_blocks
+from qingyu.quantize.integer import FLOAT, MICROSOFT, lookup_rows
+
+__all__ = ["BlockLinear", "HalfLinear"]
+
+# What onnxruntime may round the activations to for the product: 4 is int8, with a scale for each block of a row.
+INT8_PRODUCTS = 4
+
+Floats = NDArray[np.float32]
+
+
+class BlockLinear:
+    """A ``LinearWriter`` of weights in blocks of ``block`` inputs with a scale each, ``bits`` being 8 or 4.
+
+    Activations are rounded to int8 row by row and block by block inside the operator, so a vector does not depend
+    on its neighbours in a batch.
+    """
+
+    def __init__(self, *, bits: int, block: int) -> None:
+        self._bits, self._block = bits, block
+
+    def prepare(self, graph: GraphBuilder, activation: str, names: Sequence[str]) -> str:
+        """The activation itself."""
+        return activation
+
+    def apply(self, graph: GraphBuilder, prepared: str, name: str, weight: Floats, bias: Floats) -> str:
+        """A MatMulNBits and an Add."""
+        codes, scales = quantize_blocks(weight, bits=self._bits, block=self._block)
+        attributes = {
+            "K": weight.shape[0],
+            "N": weight.shape[1],
+            "bits": self._bits,
+            "block_size": self._block,
+            "accuracy_level": INT8_PRODUCTS,
+        }
+        inputs = [
+            prepared,
+            graph.weight(f"{name}.weight.codes", codes),
+            # Flat, as the operator's first versions want it; later ones take both.
+            graph.weight(f"{name}.weight.scales", scales.ravel()),
+        ]
+        product = graph.node("MatMulNBits", inputs, domain=MICROSOFT, attributes=attributes)
+        return graph.node("Add", [product, graph.weight(f"{name}.bias", bias)])
+
+    def lookup(self, graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
+        """The selected rows of a table stored as int8 with a scale for each row."""
+        return lookup_rows(graph, name, table, select)
+
+
+class HalfLinear:
+    """A ``LinearWriter`` that stores weights and tables as float16 and computes in FP32.
+
+    onnxruntime widens linear weights once, when it loads the graph; tables stay halves in memory.
+    """
+
+    def prepare(self, graph: GraphBuilder, activation: str, names: Sequence[str]) -> str:
+        """The activation itself."""
+        return activation
+
+    def apply(self, graph: GraphBuilder, prepared: str, name: str, weight: Floats, bias: Floats) -> str:
+        """A MatMul and an Add."""
+        wide = _widened(graph, graph.weight(f"{name}.weight", _halves(name, weight)))
+        product = graph.node("MatMul", [prepared, wide])
+        return graph.node("Add", [product, graph.weight(f"{name}.bias", bias)])
+
+    def lookup(self, graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
+        """The selected rows of a table stored as float16."""
+        return _widened(graph, select(graph.weight(f"{name}.weight", _halves(name, table))))
+
+
+def _widened(graph: GraphBuilder, value: str) -> str:
+    return graph.node("Cast", [value], attributes={"to": FLOAT})
+
+
+def _halves(name: str, weight: Floats) -> NDArray[Any]:
+    largest = float(np.abs(weight).max(initial=0))
+    limit = float(np.finfo(np.float16).max)
+    if not largest <= limit:
+        raise UnsupportedModelError(
+            f"{name}.weight cannot be stored as float16",
+            expected=f"magnitudes up to {limit:g}",
+            found=f"{largest:g}",
+            remedy="Use another recipe.",
+        )
+    return weight.astype(np.float16)
