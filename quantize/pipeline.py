@@ -257,7 +257,15 @@ class _Trials:
     def _with_float_layers(self, recipe: Recipe) -> Iterator[tuple[Recipe, tuple[str, ...]]]:
         from qingyu.quantize.sensitivity import sensitive_layers
 
-        ranked = [name for name, _ in sensitive_layers(self.source.model, recipe, self.source.statistics)]
+        source = self.source
+        gains = sensitive_layers(
+            source.model,
+            recipe,
+            source.statistics,
+            smoothing=source.smoothing,
+            weight_bits=source.weight_bits,
+        )
+        ranked = [name for name, _ in gains]
         for count in KEPT_FLOAT:
             if count < len(ranked):
                 yield recipe, tuple(ranked[:count])
