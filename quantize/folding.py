@@ -6,7 +6,7 @@ Nothing here changes what a graph computes, up to float32 rounding. Not here: ro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qingyu.models.export.graph import GraphPlan, Weights, norm_before
 from qingyu.quantize.statistics import InputStatistics
 
-__all__ = ["Folded", "smooth", "smoothing_factors", "without_spare_biases"]
+__all__ = ["Folded", "smooth", "smooth_activations", "smoothing_factors", "without_spare_biases"]
 
 Doubles = NDArray[np.float64]
 SMALLEST = 1e-5  # of a channel's magnitude, so that channels that are never used get a finite factor
@@ -24,11 +24,13 @@ SMALLEST = 1e-5  # of a channel's magnitude, so that channels that are never use
 class Folded:
     """Weights for ``write_graph``, and the statistics of linear layers' inputs in the graph that it writes.
 
-    ``statistics`` may be empty where nobody needs them.
+    ``statistics`` may be empty where nobody needs them. ``divisors`` (in,) are by what the writer of a linear layer
+    has yet to divide its input.
     """
 
     weights: Mapping[str, Weights]
     statistics: Mapping[str, InputStatistics]
+    divisors: Mapping[str, Weights] = field(default_factory=dict)
 
 
 def without_spare_biases(plan: GraphPlan, folded: Folded) -> Folded:
@@ -48,7 +50,7 @@ def without_spare_biases(plan: GraphPlan, folded: Folded) -> Folded:
             weights[f"{name}.bias"] = np.zeros_like(weights[f"{name}.bias"])
         if output in statistics:
             statistics[output] = statistics[output].mapped(shift=passed, scales=np.ones_like(passed))
-    return Folded(weights, statistics)
+    return replace(folded, weights=weights, statistics=statistics)
 
 
 def smooth(plan: GraphPlan, folded: Folded, *, strength: float) -> Folded:
@@ -71,7 +73,23 @@ def smooth(plan: GraphPlan, folded: Folded, *, strength: float) -> Folded:
             factors, shift = smoothing_factors(weights, readers, found, strength=strength), found.centre
             _scale(weights, norm, readers, adder, factors, shift)
             statistics.update(dict.fromkeys(readers, found.mapped(shift=shift, scales=factors)))
-    return Folded(weights, statistics)
+    return replace(folded, weights=weights, statistics=statistics)
+
+
+def smooth_activations(folded: Folded, names: Sequence[str], *, strength: float) -> Folded:
+    """The same with wide channels of what the activation function gives scaled into the weights.
+
+    ``names`` are linear layers that read it, each alone. There is no weight that could divide it, so it costs a
+    product in the graph.
+    """
+    weights, statistics = dict(folded.weights), dict(folded.statistics)
+    divisors = dict(folded.divisors)
+    for name in names:
+        factors = smoothing_factors(weights, [name], statistics[name], strength=strength)
+        _set(weights, f"{name}.weight", weights[f"{name}.weight"] * factors[:, None])
+        statistics[name] = statistics[name].mapped(shift=np.zeros_like(factors), scales=factors)
+        _set(divisors, name, factors)
+    return Folded(weights, statistics, divisors)
 
 
 def smoothing_factors(

@@ -65,8 +65,9 @@ class Codes:
 class IntegerLinear:
     """A ``LinearWriter`` of integer products; one instance writes one graph.
 
-    ``scales`` says how each input finds its scale. ``ranges`` has a range for each linear layer whose input is
-    static. ``floor`` is the magnitude of the least value of the activation function, ``None`` if it has none.
+    ``scales`` says how each input finds its scale. ``divisors`` (in,) are what inputs are divided by first, and
+    ``ranges`` hold the range of each static one after that, both by the name of a linear layer. ``floor`` is the
+    magnitude of the least value of the activation function, ``None`` if it has none.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class IntegerLinear:
         scales: Mapping[Input, Scale],
         *,
         ranges: Mapping[str, Range],
+        divisors: Mapping[str, Floats] | None = None,
         floor: float | None = None,
         weight_bits: int = 8,
     ) -> None:
-        self._scales, self._ranges = scales, ranges
+        self._scales, self._ranges, self._divisors = scales, ranges, divisors or {}
         self._floor = floor
         self._weight_bits = weight_bits
         self._zeros: dict[int, str] = {}
@@ -89,7 +91,10 @@ class IntegerLinear:
             "tensor": self._by_tensor,
             "static": self._static,
         }
-        return ways[self._scales[input_of(names[0])]](graph, activation, names[0])
+        name = names[0]
+        if name in self._divisors:
+            activation = graph.node("Mul", [activation, graph.constant(1 / self._divisors[name])])
+        return ways[self._scales[input_of(name)]](graph, activation, name)
 
     def _by_row(self, graph: GraphBuilder, activation: str, name: str) -> Codes:
         floor = self._floor if input_of(name) == "output" else None

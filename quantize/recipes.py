@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 from qingyu.errors import InvalidOptionError
 from qingyu.models.export.builder import GraphBuilder
 from qingyu.models.export.graph import FloatLinear, GraphPlan, LinearWriter, Select, Weights, write_graph
-from qingyu.quantize.folding import Folded, smooth, without_spare_biases
+from qingyu.quantize.folding import Folded, smooth, smooth_activations, without_spare_biases
 from qingyu.quantize.inputs import Input, input_of, linear_names
 from qingyu.quantize.integer import FLOORS, MICROSOFT, IntegerLinear, Scale
-from qingyu.quantize.ranges import CALIBRATIONS, Calibration, Range
+from qingyu.quantize.ranges import CALIBRATIONS, Calibration
 from qingyu.quantize.statistics import Statistics
 from qingyu.quantize.weights_only import BlockLinear, HalfLinear
 from qingyu.runtime.spec import Precision
@@ -61,12 +62,17 @@ class Recipe:
         return _needs_statistics(self, self.smoothing)
 
 
-_STATIC = Recipe("static", "8-bit products, one fixed scale for each input: all values seen", scales=STATIC)
+_STATIC = Recipe(
+    "static",
+    "8-bit products, smoothed, one fixed scale for each input: all values seen",
+    scales=STATIC,
+    smoothing=0.8,
+)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("rowwise", "8-bit products, smoothed, a scale for each token", scales=ROW, smoothing=0.6),
+        Recipe("rowwise", "8-bit products, smoothed, a scale for each token", scales=ROW, smoothing=0.7),
         Recipe(
             "hybrid",
             "8-bit products, smoothed, fixed scales but for the widest input, which has one for each token",
@@ -82,13 +88,13 @@ RECIPES: Mapping[str, Recipe] = {
         replace(
             _STATIC,
             name="static-percentile",
-            summary="8-bit products, one fixed scale for each input: all values seen but the outermost",
+            summary="8-bit products, smoothed, one fixed scale for each input: all values seen but the outermost",
             calibration="percentile",
         ),
         replace(
             _STATIC,
             name="static-entropy",
-            summary="8-bit products, one fixed scale for each input: of least divergence",
+            summary="8-bit products, smoothed, one fixed scale for each input: of least divergence",
             calibration="entropy",
         ),
         Recipe(
@@ -165,19 +171,31 @@ def write_quantized(
     if recipe.products == "integer":
         if strength:
             folded = smooth(plan, folded, strength=strength)
+            folded = smooth_activations(folded, _wide(recipe, plan, keep_float), strength=strength)
         folded = without_spare_biases(plan, folded)
     writer = _Partly(WRITERS[recipe.products](recipe, plan, folded, bits), frozenset(keep_float))
     return write_graph(plan, folded.weights, writer, domains=(MICROSOFT,))
 
 
+def _wide(recipe: Recipe, plan: GraphPlan, keep_float: Collection[str]) -> list[str]:
+    """The linear layers whose input is smoothed at the cost of a product: a scale for each token needs none."""
+    names = [name for name in linear_names(plan) if input_of(name) == "output" and name not in keep_float]
+    return names if recipe.scales["output"] != "row" else []
+
+
 def _integer(recipe: Recipe, plan: GraphPlan, folded: Folded, bits: int) -> LinearWriter[Any]:
-    ranges: dict[str, Range] = {
-        name: CALIBRATIONS[recipe.calibration](found)
+    find = cache(
+        CALIBRATIONS[recipe.calibration]
+    )  # by identity: layers that share an input share its statistics
+    ranges = {
+        name: find(found)
         for name, found in folded.statistics.items()
         if recipe.scales[input_of(name)] == "static"
     }
     floor = FLOORS.get(plan.architecture.activation)
-    return IntegerLinear(recipe.scales, ranges=ranges, floor=floor, weight_bits=bits)
+    return IntegerLinear(
+        recipe.scales, ranges=ranges, divisors=folded.divisors, floor=floor, weight_bits=bits
+    )
 
 
 def _blocks(recipe: Recipe, plan: GraphPlan, folded: Folded, bits: int) -> LinearWriter[Any]:

@@ -123,8 +123,9 @@ def collect(
         tokens += int(real.sum())
         if progress is not None:
             progress(done, len(checked))
-    found = {name: channels.finish() for group, channels in zip(groups, seen, strict=True) for name in group}
-    return Statistics(found, len(checked), tokens)
+    found = [channels.finish() for channels in seen]
+    inputs = {name: one for group, one in zip(groups, found, strict=True) for name in group}
+    return Statistics(inputs, len(checked), tokens)
 
 
 def token_batches(
