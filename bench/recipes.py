@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qingyu.errors import DataFileError
 from qingyu.models.export.graph import read_plan, read_weights
 from qingyu.quantize.certificate import compare
 from qingyu.quantize.recipes import RECIPES, write_quantized
@@ -33,7 +34,7 @@ from qingyu.quantize.statistics import collect, token_batches
 from qingyu.quantize.texts import calibration_texts
 from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.onnxruntime_engine import PROVIDERS, SLOW_FUSIONS, import_onnxruntime, session_options
-from qingyu.runtime.spec import read_spec
+from qingyu.runtime.spec import ModelSpec, read_spec
 
 __all__ = ["main", "varied_texts"]
 
@@ -55,7 +56,7 @@ def varied_texts(path: Path, count: int, *, seed: int = 0) -> list[str]:
     """``count`` texts of 4 to about 700 characters, evenly over the logarithm of their length and over sources.
 
     A line is a source, a tab and a text, or a text alone; lines of one source are joined to reach a length. ``path``
-    may end in ``.gz``.
+    may end in ``.gz``. Raises ``DataFileError`` when there is no text in it.
     """
     content = path.read_bytes()
     if path.suffix == ".gz":
@@ -65,6 +66,13 @@ def varied_texts(path: Path, count: int, *, seed: int = 0) -> list[str]:
         source, _, text = line.rpartition("\t")
         if text:
             sources.setdefault(source, []).append(text)
+    if not sources:
+        raise DataFileError(
+            f"{path} has no texts",
+            expected="lines of text",
+            found="none",
+            remedy="Give lines of a source, a tab and a text, or of text alone.",
+        )
     chooser = random.Random(seed)
     names = sorted(sources)
     texts = []
@@ -105,15 +113,16 @@ def _pooled(graph: bytes, batches: Sequence[TokenBatch]) -> Floats:
     return np.concatenate([run(["pooled"], feed)[0] for feed in feeds])
 
 
-def speed(graphs: Mapping[str, bytes], vocabulary: int, *, rounds: int) -> dict[str, dict[str, float]]:
+def speed(graphs: Mapping[str, bytes], spec: ModelSpec, *, rounds: int) -> dict[str, dict[str, float]]:
     """CPU time of FP32 and of dynamic divided by each recipe's: the geometric mean over shapes of medians.
 
     CPU time and not the clock's, since other processes share the machine. All take turns within a round.
     """
     sessions = {name: _session(graph, threads=1) for name, graph in graphs.items()}
     ratios: dict[str, dict[str, list[float]]] = {name: {FP32: [], "dynamic": []} for name in graphs}
-    for shape in SHAPES:
-        ids = np.random.default_rng(0).integers(5, vocabulary, shape)
+    for rows, tokens in SHAPES:
+        shape = (rows, min(tokens, spec.max_tokens))
+        ids = np.random.default_rng(0).integers(5, spec.architecture.vocab_size, shape)
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         seconds = _rounds(sessions, feeds, rounds)
         for name, found in ratios.items():
@@ -184,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         texts = varied_texts(options.texts, options.count)
         batches = list(token_batches(options.model, spec, texts, token_budget=TOKEN_BUDGET))
         figures = fidelity(graphs, batches)
-    speeds = speed(graphs, spec.architecture.vocab_size, rounds=options.rounds) if options.rounds else {}
+    speeds = speed(graphs, spec, rounds=options.rounds) if options.rounds else {}
     for name, graph in graphs.items():
         size = {"megabytes": round(len(graph) / 1e6, 2)}
         line = {"model": spec.name, "recipe": name, **figures[name], **size, **speeds.get(name, {})}
