@@ -51,15 +51,16 @@ def run(arguments: list[str], desk: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model):
+def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model, tiny_int8):
     shell = shutil.which("bash")
     if shell is None:
         pytest.skip("needs bash")
     lines = commands(page)
-    if not any("qingyu export" in line for line in lines):
-        shutil.copytree(tiny_model, desk / "out" / "bge")
+    for command, name, model in (("export", "bge", tiny_model), ("quantize", "bge-int8", tiny_int8)):
+        if not any(f"qingyu {command} " in line for line in lines):
+            shutil.copytree(model, desk / "out" / name)
     if lines:
-        python = f'qingyu() {{ "{sys.executable}" -m qingyu "$@"; }}\nset -euo pipefail\n'
+        python = f'python() {{ "{sys.executable}" "$@"; }}\nqingyu() {{ python -m qingyu "$@"; }}\nset -euo pipefail\n'
         run([shell, "-c", python + "\n".join(lines)], desk)
     for block in blocks(page, "python"):
         run([sys.executable, "-W", "error::SyntaxWarning", "-c", block], desk)
