@@ -50,10 +50,13 @@ LONG = [
 
 @pytest.fixture(scope="module")
 def torch():
-    """torch on two threads; its setting is put back."""
+    """torch on one thread; its setting is put back.
+
+    On two cores with other work, two threads take three times as long: they wait for each other.
+    """
     module = pytest.importorskip("torch", reason="compares with torch")
     threads = module.get_num_threads()
-    module.set_num_threads(2)
+    module.set_num_threads(1)
     yield module
     module.set_num_threads(threads)
 
