@@ -64,7 +64,8 @@ def test_the_manifest_says_what_was_done_and_measured(tiny_model, tmp_path):
     assert set(hashes(tmp_path / "out")) == {"model.onnx", "tokenizer.json", "qingyu.json"}
 
 
-@pytest.mark.filterwarnings("ignore::qingyu.errors.UnknownTokenWarning")  # the tiny vocabulary knows few of them
+# The tiny vocabulary knows few of the words.
+@pytest.mark.filterwarnings("ignore::qingyu.errors.UnknownTokenWarning")
 def test_without_texts_the_built_in_sample_is_used(tiny_model, tmp_path):
     outcome = quantize(tiny_model, tmp_path / "out", speed_rounds=0, gate=Gate(0.5, 0.0))
     assert outcome.measured.certificate.texts.count > 500

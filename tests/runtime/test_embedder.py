@@ -330,7 +330,8 @@ Embedder.open({str(tiny_model)!r}).embed("今天")
 print(json.dumps(sorted({{m.partition(".")[0] for m in set(sys.modules) - before}})))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    ours = {"numpy", "onnxruntime", "tokenizers", "psutil", "qingyu", "cython_runtime"}  # the last: numpy's own
+    # cython_runtime is a part of numpy.
+    ours = {"numpy", "onnxruntime", "tokenizers", "psutil", "qingyu", "cython_runtime"}
     third_party = {
         name
         for name in json.loads(done.stdout)
