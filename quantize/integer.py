@@ -108,7 +108,7 @@ class IntegerLinear:
 
     def _symmetric(self, graph: GraphBuilder, activation: str) -> tuple[str, np.uint8]:
         largest = _largest(graph, graph.node("Abs", [activation]))
-        scales = graph.node("Mul", [largest, graph.constant(1 / LEVELS)])
+        scales = graph.node("Mul", [largest, graph.constant(np.float32(1) / LEVELS)])
         return graph.node("Max", [scales, graph.constant(SMALLEST)]), MIDDLE
 
     def _floored(self, graph: GraphBuilder, activation: str, floor: float) -> tuple[str, np.uint8]:
