@@ -307,19 +307,20 @@ def test_a_closed_pipe_ends_without_a_word(tiny_model, tmp_path):
 
 def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_model, tmp_path):
     read, write = os.pipe()
-    process = shell(
-        ["embed", "--model", tiny_model, "--output", tmp_path / "v.npy"], stdin=read, stderr=subprocess.PIPE
-    )
-    os.close(read)
-    os.write(write, "今天\n".encode() * 3000)
-    deadline = time.monotonic() + 30
-    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert process.stderr.read() == b"interrupted\n"
-    process.stderr.close()
-    os.close(write)
+    arguments = ["embed", "--model", tiny_model, "--output", tmp_path / "v.npy"]
+    with shell(arguments, stdin=read, stderr=subprocess.PIPE) as process:
+        os.close(read)
+        os.write(write, "今天\n".encode() * 3000)
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(60)
+        said = process.stderr.read()
+        os.close(write)
+    # A shell sees 130 either way: CPython ends itself by the signal if that came while C code ran Python code.
+    assert code in (130, -signal.SIGINT)
+    assert said == b"interrupted\n"
     assert list(tmp_path.iterdir()) == []
 
 
