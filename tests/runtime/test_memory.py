@@ -95,8 +95,10 @@ def test_resident_memory_is_that_of_this_process():
 
 # Peaks are VmHWM: what getrusage gives begins with the peak of the process that starts the child.
 PROGRAM_START = """
-import ctypes, json, random, sys
+import ctypes, faulthandler, json, random, sys
 from pathlib import Path
+
+faulthandler.dump_traceback_later(150, exit=True)  # a child that hangs says where
 
 def memory(field):
     status = Path("/proc/self/status").read_text()
@@ -162,7 +164,7 @@ def measured(program: str, *arguments: object):
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable, "-c", PROGRAM_START + program, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
