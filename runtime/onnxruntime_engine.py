@@ -293,13 +293,13 @@ class OnnxRuntimeEngine:
         refuse_external_data(read_checked(self.folder, self.file, record), str(self._path))
 
     def _run_options(self, batch: TokenBatch) -> Any:  # noqa: ANN401
-        """Give memory back after a run beyond the token budget.
+        """Give memory back after a run beyond the token budget, unless it is one text of ordinary length.
 
         After every run it would cost a fifth of the speed on large batches, and after none one large batch
         would stay in memory for good.
         """
         options = import_onnxruntime().RunOptions()
-        if batch.ids.size > self.settings.token_budget:
+        if batch.ids.size > max(self.settings.token_budget, self.spec.max_tokens):
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return options
 
