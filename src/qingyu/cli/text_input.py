@@ -17,7 +17,7 @@ from typing import IO, Literal, cast
 
 from qingyu.errors import DataFileError
 
-__all__ = ["add_text_arguments", "from_arguments", "read_texts"]
+__all__ = ["add_text_arguments", "from_arguments", "lines_of", "read_texts"]
 
 Format = Literal["lines", "jsonl", "tsv"]
 DEFAULT_FIELD = "text"
@@ -73,6 +73,12 @@ def read_texts(source: str, *, form: Format | None = None, field: str | None = N
     chosen = form or _form_of(source)
     with _opened(source) as stream:
         yield from _READERS[chosen](_lines(stream, source), source, field)
+
+
+def lines_of(source: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of a UTF-8 file, gzipped or not; ``DataFileError`` names the line that is not text."""
+    with _opened(source) as stream:
+        yield from _lines(stream, source)
 
 
 def _form_of(source: str) -> Format:
