@@ -58,7 +58,7 @@ MAPPED = {
 }
 UNPACKED = {"session.disable_prepacking": "1"}
 # Recipes of integer products. The kernels of other recipes need packed weights to be of any use.
-UNPACKED_RECIPES = ("rowwise", "dynamic", "static")
+UNPACKED_RECIPES = ("rowwise", "hybrid", "dynamic", "static", "static-percentile", "static-entropy")
 
 # Vectors of both files on the machine that writes them; a different order of float32 sums is all that may differ.
 LEAST_COSINE = 0.999999

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.errors import FidelityError, InvalidOptionError, TruncationWarning, UnknownTokenWarning
+from qingyu.errors import FidelityError, InvalidOptionError, UnknownTokenWarning
 from qingyu.runtime.embedder import Embedder
 from qingyu.runtime.spec import GOLDEN_TEXTS as MOST_TEXTS
 from qingyu.runtime.spec import LEAST_COSINES, Golden, decode_vector, encode_vector
@@ -76,9 +76,8 @@ def make_golden(candidate: Embedder, reference: Embedder, *, texts: Sequence[str
 def _alone(embedder: Embedder, texts: Sequence[str]) -> Vectors:
     """Unit vectors float64 (n, dim), each text run alone and without a prompt, as the check runs them."""
     with warnings.catch_warnings():
-        # Neither matters to whether a machine computes rightly.
+        # That does not matter to whether a machine computes rightly.
         warnings.simplefilter("ignore", UnknownTokenWarning)
-        warnings.simplefilter("ignore", TruncationWarning)
         rows = [embedder.embed(text, prompt="", normalize=True)[0] for text in texts]
     return np.array(rows, dtype=np.float64)
 

@@ -30,10 +30,11 @@ from qingyu.runtime.spec import ModelSpec, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import cosine, unit
 
-__all__ = ["Block", "Embedder", "Report", "find_model"]
+__all__ = ["BUNDLED", "Block", "Embedder", "Report", "find_model"]
 
 LongText = Literal["truncate", "error"]
 
+BUNDLED = "qingyu-mini-zh"  # the model that travels in the package
 UNKNOWN_LIMIT = 0.1  # above this share of unknown tokens a vector says little about its text
 
 
@@ -78,22 +79,25 @@ class Report:
 
 
 def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
-    """The model folder at a path, or of a plain name under ``$QINGYU_HOME/models``.
+    """The model folder at a path, or of a plain name: in ``$QINGYU_HOME/models``, or the bundled one.
 
-    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with both places.
+    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with the places.
     """
     folder = Path(name_or_folder)
+    if folder.exists():
+        return folder
     named = qingyu_home() / "models" / folder
-    if not folder.exists() and re.fullmatch(r"[\w.-]+", str(name_or_folder)) and named.is_dir():
+    if re.fullmatch(r"[\w.-]+", str(name_or_folder)) and named.is_dir():
         return named
-    if not folder.exists():
-        raise ModelNotFoundError(
-            f"no model {str(name_or_folder)!r}",
-            expected=f"a model folder at that path or at {named}",
-            found="neither",
-            remedy="Make one with `qingyu export CHECKPOINT FOLDER`.",
-        )
-    return folder
+    bundled = Path(__file__).parent / "bundled" / BUNDLED
+    if str(name_or_folder) == BUNDLED and bundled.is_dir():
+        return bundled
+    raise ModelNotFoundError(
+        f"no model {str(name_or_folder)!r}",
+        expected=f"a model folder at that path or at {named}, or the name {BUNDLED}",
+        found="none of them",
+        remedy="Make one with `qingyu export CHECKPOINT FOLDER`.",
+    )
 
 
 class Embedder:
@@ -123,7 +127,7 @@ class Embedder:
     @classmethod
     def open(
         cls,
-        name_or_folder: str | os.PathLike[str],
+        name_or_folder: str | os.PathLike[str] = BUNDLED,
         *,
         profile: Profile = "throughput",
         threads: int | None = None,
@@ -132,7 +136,7 @@ class Embedder:
         unicode_form: Literal["NFKC"] | None = None,
         self_check: bool = True,
     ) -> Embedder:
-        """An embedder for a model folder, its files checked against the hashes in its manifest.
+        """An embedder for a model folder (the bundled one if none is named), its files checked against their hashes.
 
         ``profile``: "throughput" runs several micro-batches at once, one thread each; "latency" uses all threads
         for one micro-batch; "edge" takes the least memory. ``threads``: ``None`` is what affinity and the

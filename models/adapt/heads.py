@@ -26,6 +26,7 @@ from qingyu.models.adapt.training import (
     common_arguments,
     described,
     run_trainer,
+    silence,
 )
 
 __all__ = ["Entity", "LabelledText", "TaggedText", "classify", "tag"]
@@ -205,6 +206,7 @@ def _fit(
 ) -> Trained:
     import transformers
 
+    silence()
     transformers.set_seed(plan.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(checkpoint))
     model = getattr(transformers, task.model_class).from_pretrained(
@@ -225,7 +227,7 @@ def _fit(
             **arguments,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
-            train_sampling_strategy="group_by_length",
+            **_by_length(transformers.__version__),
         ),
         train_dataset=task.encode(tokenizer, learnt),
         eval_dataset=task.encode(tokenizer, kept),
@@ -236,12 +238,20 @@ def _fit(
     def save(made: Path) -> None:
         trainer.save_model(str(made))
         tokenizer.save_pretrained(str(made))
-        for name in ("training_args.bin",):
-            (made / name).unlink(missing_ok=True)
+        (made / "training_args.bin").unlink(missing_ok=True)  # a pickle
         if (checkpoint / "tokenizer.json").exists():  # the very file, not a rewritten one
             shutil.copyfile(checkpoint / "tokenizer.json", made / "tokenizer.json")
 
     return run_trainer(trainer, folder, plan, save)
+
+
+def _by_length(version: str) -> dict[str, Any]:
+    """Batches of texts of like length, as the two versions of transformers call it."""
+    return (
+        {"group_by_length": True}
+        if version.startswith("4.")
+        else {"train_sampling_strategy": "group_by_length"}
+    )
 
 
 def _split(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qingyu.errors import CheckpointError, InvalidOptionError, UnsupportedModelError
-from qingyu.models.adapt.vocabulary import chosen_tokens, read_vocabulary
+from qingyu.models.adapt.vocabulary import chosen_tokens, read_vocabulary, tokenizer_text
 from qingyu.models.export.folder import check_output, new_folder
 from qingyu.models.export.weights import open_weights
 from qingyu.models.extras import require
@@ -62,7 +62,7 @@ def cut_checkpoint(
         tensors = _with_layers(tensors, layers)
         config["num_hidden_layers"] = len(layers)
     if vocabulary is None:
-        shutil.copyfile(checkpoint / "tokenizer.json", output / "tokenizer.json")
+        (output / "tokenizer.json").write_text(tokenizer_text(checkpoint), encoding="utf-8")
     else:
         config, tensors = _with_tokens(checkpoint, output, config, tensors, texts, words, vocabulary)
     if dropout is not None:

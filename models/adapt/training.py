@@ -40,8 +40,10 @@ EAGER_TOKENS = (
 class Schedule:
     """How long and how fast to train.
 
-    ``evaluate_every``: steps between two evaluations, each of which also writes a checkpoint. ``patience``: evaluations without a better result before training ends
-    early; ``None`` trains to the end. ``bf16``: ``None`` uses it where the processor has instructions for it.
+    ``evaluate_every``: steps between two evaluations, each of which also writes a checkpoint. ``patience``:
+    evaluations without a better result before training ends early; ``None`` trains to the end. ``warmup``: the
+    share of steps over which the learning rate rises; it then falls along a cosine. ``bf16``: ``None`` uses it
+    where the processor has instructions for it.
     """
 
     epochs: float = 1.0
@@ -179,15 +181,17 @@ def train(
 
     ``losses`` makes the losses for the model. ``evaluator`` is one of sentence-transformers'; ``metric`` of it
     chooses the checkpoint that is kept. ``batch`` counts tokens, and texts of like length are put together; with
-    ``like_length=False`` it counts rows, none twice in a batch, as in-batch negatives need. A run that was killed goes on from its last whole checkpoint. ``wrap``
-    and ``finish`` change the model before and after, as LoRA does. Raises ``OutputError`` where the disk refuses;
-    checkpoints written before stay.
+    ``like_length=False`` it counts rows, none twice in a batch, as in-batch negatives need. A run that was killed
+    goes on from its last whole checkpoint. ``wrap`` and ``finish`` change the model before and after, as LoRA
+    does. Raises ``OutputError`` where the disk refuses; checkpoints written before stay.
     """
     from sentence_transformers import SentenceTransformer
     from transformers import set_seed
 
+    silence()
     set_seed(schedule.seed)
     model = SentenceTransformer(str(start), device="cpu")
+    model.model_card_data.generate_widget_examples = False
     model.max_seq_length = min(max_tokens, int(model.max_seq_length or max_tokens))
     model[0].auto_model.register_forward_pre_hook(_attention_for_length, with_kwargs=True)
     model = wrap(model)
@@ -230,14 +234,19 @@ def _trainer_class() -> Any:  # noqa: ANN401
 
 
 def run_trainer(
-    trainer: Any, folder: TrainingFolder, schedule: Schedule, save: Callable[[Path], None]
+    trainer: Any,  # noqa: ANN401 - a class of an optional dependency
+    folder: TrainingFolder,
+    schedule: Schedule,
+    save: Callable[[Path], None],
 ) -> Trained:
     """Run a trainer from its last whole checkpoint, if any, to its end; ``save`` then fills the model's folder."""
     from transformers import EarlyStoppingCallback
-    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub, and a model card would ask one
-    trainer.remove_callback(PrinterCallback)  # which prints dictionaries on standard output
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    trainer.add_callback(_reporter(folder.folder / "log.jsonl", trainer.args.metric_for_best_model))
     if schedule.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(schedule.patience))
     try:
@@ -280,12 +289,16 @@ def _arguments(
 
 def common_arguments(folder: TrainingFolder, schedule: Schedule, metric: str) -> dict[str, Any]:
     """What every trainer is told: pace, evaluation, checkpoints, and to talk to nobody."""
+    import transformers
+
+    # transformers 5 takes a share under the name of the count
+    warmup = "warmup_ratio" if transformers.__version__.startswith("4.") else "warmup_steps"
     return {
         "output_dir": str(folder.checkpoints),
         "num_train_epochs": schedule.epochs,
         "learning_rate": schedule.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": schedule.warmup,
+        warmup: schedule.warmup,
         "bf16": has_bf16() if schedule.bf16 is None else schedule.bf16,
         "use_cpu": True,
         "eval_strategy": "steps",
@@ -296,10 +309,20 @@ def common_arguments(folder: TrainingFolder, schedule: Schedule, metric: str) ->
         "metric_for_best_model": metric,
         "greater_is_better": True,
         "logging_steps": LOGGED_EVERY,
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": True,
         "report_to": "none",
         "seed": schedule.seed,
     }
+
+
+def silence() -> None:
+    """Keep the libraries' own bars and notes off standard error, which is for ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def has_bf16() -> bool:
@@ -383,6 +406,34 @@ def _batch_sizes(ascending: Sequence[float] | np.ndarray[Any, Any], budget: int)
             rows = 0
         rows += 1
     return [*sizes, rows]
+
+
+def _reporter(path: Path, metric: str) -> Any:  # noqa: ANN401
+    """A callback that writes what is measured as JSON lines, and on a terminal draws a bar with the latest of it."""
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, arguments: Any, state: Any, control: Any, **rest: Any) -> None:  # noqa: ANN401
+            hidden = not sys.stderr.isatty()
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=hidden)
+            self.shown: dict[str, str] = {}
+
+        def on_step_end(self, arguments: Any, state: Any, control: Any, **rest: Any) -> None:  # noqa: ANN401
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, arguments: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:  # noqa: ANN401
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            for name, label in (("loss", "loss"), (metric, "score")):
+                if name in logs:
+                    self.shown[label] = f"{float(logs[name]):.4f}"
+            self.bar.set_postfix(self.shown)
+
+        def on_train_end(self, arguments: Any, state: Any, control: Any, **rest: Any) -> None:  # noqa: ANN401
+            self.bar.close()
+
+    return Reporter()
 
 
 def _last_whole(folder: Path) -> str | None:

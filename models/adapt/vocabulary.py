@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from qingyu.errors import InvalidOptionError, TokenizerError, UnsupportedModelError
+from qingyu.models.export.checkpoint import read_checkpoint
 
 __all__ = ["Vocabulary", "chosen_tokens", "read_vocabulary"]
 
@@ -58,22 +59,13 @@ class Vocabulary:
 
 def read_vocabulary(checkpoint: Path) -> Vocabulary:
     """The vocabulary of a checkpoint's tokenizer.json; ``TokenizerError`` or ``UnsupportedModelError``."""
-    path = checkpoint / "tokenizer.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise TokenizerError(
-            f"{path} cannot be read",
-            expected="a tokenizer.json",
-            found=str(error),
-            remedy="Save the checkpoint with a fast tokenizer, which writes that file.",
-        ) from None
+    text = tokenizer_text(checkpoint)
+    document = json.loads(text)
     tokenizer = _loaded(text)
     kind = document["model"]["type"]
     if kind not in ("Unigram", "WordPiece"):
         raise UnsupportedModelError(
-            f"the vocabulary of {path} cannot be cut",
+            f"the vocabulary of {checkpoint} cannot be cut",
             expected="a Unigram or WordPiece vocabulary",
             found=str(kind),
             remedy="Keep the vocabulary whole.",
@@ -85,6 +77,24 @@ def read_vocabulary(checkpoint: Path) -> Vocabulary:
         pieces.index(document["model"]["unk_token"]) if kind == "WordPiece" else document["model"]["unk_id"]
     )
     return Vocabulary(document, pieces, frozenset(special))
+
+
+def tokenizer_text(checkpoint: Path) -> str:
+    """The text of a checkpoint's tokenizer.json, or of the one that its older tokenizer files stand for."""
+    path = checkpoint / "tokenizer.json"
+    if not path.exists():
+        return read_checkpoint(checkpoint).front_end.tokenizer.decode("utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            f"{path} cannot be read",
+            expected="a tokenizer.json",
+            found=str(error),
+            remedy="Download the checkpoint again.",
+        ) from None
+    return text
 
 
 def chosen_tokens(

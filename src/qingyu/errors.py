@@ -51,7 +51,6 @@ __all__ = [
     "QingyuError",
     "TextTooLongError",
     "TokenizerError",
-    "TruncationWarning",
     "UnknownTokenWarning",
     "UnsupportedModelError",
 ]
@@ -178,7 +177,3 @@ class UnknownTokenWarning(UserWarning):
 
 class FallbackWarning(UserWarning):
     """A model's graph gives wrong vectors on this machine, so its FP32 graph is used."""
-
-
-class TruncationWarning(UserWarning):
-    """Texts were cut to the model's maximum length."""

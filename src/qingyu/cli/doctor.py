@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from qingyu import __version__
-from qingyu.cli.common import new_command
+from qingyu.cli.common import BUNDLED, new_command
 from qingyu.cli.table import facts
 from qingyu.errors import QingyuError
 
@@ -28,7 +28,12 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     """Add the command."""
     summary = "show versions, CPU, limits and threads, and check that this machine computes right"
     parser = new_command(commands, "doctor", summary, "qingyu doctor --model out/e5-int8")
-    parser.add_argument("--model", metavar="FOLDER", help="also check a model folder's hashes and run it")
+    parser.add_argument(
+        "--model",
+        default=BUNDLED,
+        metavar="FOLDER",
+        help="the model folder whose hashes to check and which to run (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     parser.set_defaults(run=run)
 
@@ -37,12 +42,11 @@ def run(options: argparse.Namespace) -> int:
     """Print the facts; the exit code is that of the first check that failed."""
     report = {**_machine(), **_kernels()}
     failure: QingyuError | None = None
-    if options.model:
-        try:
-            report.update(_model(options.model))
-        except QingyuError as error:
-            failure = error
-            report["model check"] = f"FAILED: {error}"
+    try:
+        report.update(_model(options.model))
+    except QingyuError as error:
+        failure = error
+        report["model check"] = f"FAILED: {error}"
     print(json.dumps(report, ensure_ascii=False) if options.json else facts(report))
     if failure is not None:
         return failure.exit_code

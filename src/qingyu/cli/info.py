@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qingyu.cli.certificate import as_text
-from qingyu.cli.common import new_command
+from qingyu.cli.common import BUNDLED, new_command
 from qingyu.cli.table import facts
 
 if TYPE_CHECKING:
@@ -19,7 +19,13 @@ __all__ = ["add", "run"]
 def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers type
     """Add the command."""
     parser = new_command(commands, "info", "describe a model folder", "qingyu info out/e5-int8")
-    parser.add_argument("model", metavar="FOLDER", help="a model folder, or a name in $QINGYU_HOME")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=BUNDLED,
+        metavar="FOLDER",
+        help="a model folder, or a name in $QINGYU_HOME (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="the manifest as JSON")
     parser.set_defaults(run=run)
 
