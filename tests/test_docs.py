@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from qingyu.__main__ import COMMANDS
 
+TRAINING = ("torch", "transformers", "sentence_transformers", "peft", "datasets", "accelerate")
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -40,8 +42,17 @@ def commands(page: Path) -> list[str]:
 def desk(tiny_checkpoint, tiny_model, tmp_path):
     """A folder with what the documentation takes for granted."""
     shutil.copytree(tiny_checkpoint, tmp_path / "bge-small-zh-v1.5")
-    lines = [sentence + str(n) for sentence in SENTENCES for n in range(8)]
-    (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
+    lines = [sentence + str(n) for sentence in SENTENCES for n in range(20)]
+    labelled = [f"{line}\t{n % 2}" for n, line in enumerate(lines)]
+    entities = [{"text": line, "entities": [{"start": 0, "end": 2, "label": "词"}]} for line in lines]
+    files = {
+        "texts.txt": lines,
+        "pairs.tsv": ["anchor\tpositive", *(f"{line}\t{line[::-1]}" for line in lines)],
+        "reviews.tsv": ["text\tlabel", *labelled],
+        "entities.jsonl": [json.dumps(row, ensure_ascii=False) for row in entities],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text("\n".join(content) + "\n", encoding="utf-8")
     return tmp_path
 
 
@@ -56,6 +67,9 @@ def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model, t
     if shell is None:
         pytest.skip("needs bash")
     lines = commands(page)
+    if any(re.match("qingyu adapt (contrast|classify|tag|distil)", line) for line in lines):
+        for package in TRAINING:
+            pytest.importorskip(package)
     for command, name, model in (("export", "bge", tiny_model), ("quantize", "bge-int8", tiny_int8)):
         if not any(f"qingyu {command} " in line for line in lines):
             shutil.copytree(model, desk / "out" / name)

@@ -22,7 +22,7 @@ from qingyu.models.adapt.vocabulary import chosen_tokens, read_vocabulary
 from qingyu.models.export import export
 
 CORPUS = ["今天天气真好", "外面阳光明媚，怎么修改登录密码？", "股票大跌"]
-OTHER = "人工智能正在改变医疗"
+OTHER = "人工智能正在医疗"
 
 
 def tokens(folder):
@@ -52,7 +52,7 @@ def test_texts_of_kept_tokens_have_the_same_vectors(tiny_checkpoint, tmp_path):
 
 
 def test_what_the_corpus_lacks_goes_first(tiny_checkpoint, tmp_path):
-    prune_vocabulary(tiny_checkpoint, tmp_path / "cut", CORPUS, size=86 + 24)  # what always stays, and theirs
+    prune_vocabulary(tiny_checkpoint, tmp_path / "cut", CORPUS, size=86 + 25)  # what always stays, and theirs
     kept = tokens(tmp_path / "cut").get_vocab()
     assert set("今天气真好外面阳光明媚") <= set(kept)
     assert set(OTHER) & set(kept) == set()
