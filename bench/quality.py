@@ -55,7 +55,7 @@ def measure(contender: Contender, data: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "contender": contender.name,
         "note": contender.note,
-        "sts-b-dev": round(100 * spearman(cosines, similarity.labels), 1),
+        "sts-b-dev": round(100 * spearman(cosines, np.asarray(similarity.labels)), 1),
     }
     for name in SETS:
         retrieval = RetrievalSet.read(data / name)

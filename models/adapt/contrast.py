@@ -87,7 +87,7 @@ def contrast(
         folder,
         data={"examples": _dataset(learnt, prompts)},
         losses=lambda model: {"examples": _loss(model, dims)},
-        evaluator=_retrieval(kept, prompts),
+        evaluator=retrieval_evaluator(kept, prompts),
         metric="held-out_cosine_ndcg@10",
         schedule=plan,
         batch=batch_size,
@@ -169,7 +169,8 @@ def _loss(model: Any, dims: Sequence[int]) -> Any:  # noqa: ANN401
     return MatryoshkaLoss(model, loss, matryoshka_dims=sorted({whole, *dims}, reverse=True))
 
 
-def _retrieval(examples: Sequence[Example], prompts: tuple[str, str]) -> Any:  # noqa: ANN401
+def retrieval_evaluator(examples: Sequence[Example], prompts: tuple[str, str]) -> Any:  # noqa: ANN401
+    """Finding each anchor's positives among all positives of ``examples``."""
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
     corpus = {

@@ -71,7 +71,7 @@ def read_vocabulary(checkpoint: Path) -> Vocabulary:
             remedy="Keep the vocabulary whole.",
         )
     count = tokenizer.get_vocab_size(with_added_tokens=True)
-    pieces = [tokenizer.id_to_token(number) for number in range(count)]
+    pieces = [tokenizer.id_to_token(number) or "" for number in range(count)]
     special = {token["id"] for token in document["added_tokens"]}
     special.add(
         pieces.index(document["model"]["unk_token"]) if kind == "WordPiece" else document["model"]["unk_id"]

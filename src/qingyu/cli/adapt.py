@@ -341,9 +341,9 @@ def _examples(source: str) -> Iterator[Example]:
     from qingyu.models.adapt.contrast import Example
 
     for number, row in read_rows(source, ("anchor", "positive")):
-        texts = [_string(source, number, row[name]) for name in ("anchor", "positive")]
+        anchor, positive = (_string(source, number, row[name]) for name in ("anchor", "positive"))
         negative = row.get("negative")
-        yield Example(*texts, None if negative is None else _string(source, number, negative))
+        yield Example(anchor, positive, None if negative is None else _string(source, number, negative))
 
 
 def _labelled(source: str) -> Iterator[LabelledText]:
