@@ -94,7 +94,12 @@ def inside(name: str, allowed: tuple[str, ...]) -> bool:
 # Folder -> what of ours it may import besides itself. "qingyu" alone is the package, for its __version__.
 ALLOWED = {
     "qingyu.runtime": ("qingyu.errors",),
-    "qingyu.models.adapt": ("qingyu.errors", "qingyu.runtime", "qingyu.models.export", "qingyu.models.extras"),
+    "qingyu.models.adapt": (
+        "qingyu.errors",
+        "qingyu.runtime",
+        "qingyu.models.export",
+        "qingyu.models.extras",
+    ),
     "qingyu.models": ("qingyu.errors", "qingyu.runtime.spec"),
     "qingyu.quantize": ("qingyu.errors", "qingyu.runtime", "qingyu.models"),
     "qingyu.bench": ("qingyu.errors", "qingyu.runtime", "qingyu.models", "qingyu.quantize"),

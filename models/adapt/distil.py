@@ -46,7 +46,9 @@ def distil(
     layers: Sequence[int] | None = None,
     vocabulary: int | None = None,
     words: Sequence[str] = (),
+    student: Path | None = None,
     pairs: Sequence[ScoredPair] = (),
+    pair_repeats: int = 1,
     prompt: str | None = None,
     batch_tokens: int = 4096,
     schedule: Schedule | None = None,
@@ -54,14 +56,15 @@ def distil(
 ) -> Trained:
     """Train a student of ``teacher`` (a checkpoint) on ``texts``; the run's folder is ``output``.
 
-    The student has the teacher's ``layers`` and the ``vocabulary`` tokens that the texts and ``words`` need, and
-    no prompt. Three losses keep the teacher's centred vectors t by the student's s: 1 - cos(s, t); the
-    Kullback-Leibler divergence of softmax(cos(., b) / 0.05) over 2,048 random b of the teacher's vectors; and the
-    squared difference of the similarities within a batch. ``pairs``, where given, are learnt alongside by CoSENT
-    loss (Su 2022). ``teacher_model`` is the model folder that computes the teacher's vectors, with ``prompt``
-    put before each text; ``None`` exports one in FP32 into the run's folder. The last 2,000 texts (or a tenth) are
-    held out: the rank correlation of the student's similarities with the teacher's over pairs of them chooses the
-    checkpoint that is kept.
+    The student has the teacher's ``layers`` and the ``vocabulary`` tokens that the texts and ``words`` need, and no
+    prompt; or it is ``student``, a checkpoint that was distilled before. Three losses keep the teacher's centred
+    vectors t by the student's s: 1 - cos(s, t); the Kullback-Leibler divergence of softmax(cos(., b) / 0.05) over
+    2,048 random b of the teacher's vectors; and the squared difference of the similarities within a batch.
+    ``pairs``, where given, are learnt alongside by CoSENT loss (Su 2022), ``pair_repeats`` times in a pass over the
+    texts. ``teacher_model`` is the model folder that computes the teacher's vectors, with ``prompt`` put before
+    each text; ``None`` exports one in FP32 into the run's folder. The last 2,000 texts (or a tenth) are held out:
+    the rank correlation of the student's similarities with the teacher's over pairs of them chooses the checkpoint
+    that is kept.
 
     Run again with the same arguments, it goes on where it was stopped. Raises ``MissingExtraError``,
     ``InputError`` and its kin for texts, ``CheckpointError`` and its kin for the teacher, ``OutputError``.
@@ -69,6 +72,7 @@ def distil(
     check_extra()
     plan = schedule or Schedule()
     plan.check()
+    _check_student(student, layers, vocabulary, pair_repeats)
     folder = TrainingFolder(output)
     folder.claim(
         {
@@ -79,23 +83,15 @@ def distil(
             "layers": None if layers is None else list(layers),
             "vocabulary": vocabulary,
             "words": texts_digest(words),
+            "student": None if student is None else str(Path(student).resolve()),
+            "pair_repeats": pair_repeats,
             "prompt": prompt,
             "batch_tokens": batch_tokens,
             **described(plan),
         }
     )
     if not folder.start.exists():
-        with folder.fresh(folder.start) as made:
-            cut_checkpoint(
-                teacher,
-                made,
-                layers=layers,
-                vocabulary=vocabulary,
-                texts=texts,
-                words=words,
-                prompts=False,
-                dropout=0.0,
-            )
+        _cut(folder, student or teacher, texts, layers, vocabulary, words)
     vectors = teacher_vectors(
         teacher_model or _exported(teacher, output), texts, folder.teacher, prompt=prompt, progress=progress
     )
@@ -105,13 +101,39 @@ def distil(
     return train(
         folder.start,
         folder,
-        data=_datasets(texts[:-held_out], pairs),
+        data=_datasets(texts[:-held_out], list(pairs) * pair_repeats),
         losses=lambda model: _losses(model, targets[:-held_out], bool(pairs)),
         evaluator=_agreement(texts[-held_out:], targets[-held_out:].astype(np.float32), plan.seed),
         metric="teacher_spearman_cosine",
         schedule=plan,
         batch=batch_tokens,
     )
+
+
+def _cut(
+    folder: TrainingFolder,
+    source: Path,
+    texts: Sequence[str],
+    layers: Sequence[int] | None,
+    vocabulary: int | None,
+    words: Sequence[str],
+) -> None:
+    """Make the student that training starts from; a run whose student cannot be made has not begun."""
+    try:
+        with folder.fresh(folder.start) as made:
+            cut_checkpoint(
+                source,
+                made,
+                layers=layers,
+                vocabulary=vocabulary,
+                texts=texts,
+                words=words,
+                prompts=False,
+                dropout=0.0,
+            )
+    except BaseException:
+        folder.release()
+        raise
 
 
 def centred(vectors: Halves) -> Halves:
@@ -132,6 +154,22 @@ def _exported(teacher: Path, output: Path) -> Path:
     if not folder.exists():
         export(teacher, folder)
     return folder
+
+
+def _check_student(
+    student: Path | None, layers: Sequence[int] | None, vocabulary: int | None, pair_repeats: int
+) -> None:
+    if student is not None and (layers is not None or vocabulary is not None):
+        raise InvalidOptionError(
+            "student",
+            expected="a student as it is, or layers and a vocabulary to cut one with",
+            found="both",
+            remedy="Leave one of them out.",
+        )
+    if pair_repeats < 1:
+        raise InvalidOptionError(
+            "pair_repeats", expected="at least 1", found=str(pair_repeats), remedy="Give no pairs for none."
+        )
 
 
 def _check_width(student: Path, vectors: Halves) -> None:

@@ -125,6 +125,12 @@ class TrainingFolder:
             ) from None
         self._compare(wanted, found)
 
+    def release(self) -> None:
+        """Take the note back of a run that could not begin, so that it can be given again with other options."""
+        (self.folder / "settings.json").unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
     def fresh(self, folder: Path) -> contextlib.AbstractContextManager[Path]:
         """A temporary folder that takes the place of ``folder`` when the block ends well."""
         return _replaced(folder)
@@ -157,7 +163,11 @@ def _replaced(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

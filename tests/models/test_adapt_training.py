@@ -118,6 +118,13 @@ def test_a_folder_of_another_run_is_refused(distilled, tiny_checkpoint, change):
     )
 
 
+@pytest.mark.parametrize("wrong", [{"layers": [7]}, {"vocabulary": 3}])
+def test_a_run_that_could_not_begin_leaves_no_folder(tiny_checkpoint, tiny_model, tmp_path, wrong):
+    with pytest.raises(InvalidOptionError):
+        distil(tiny_checkpoint, tmp_path / "run", sentences(200), teacher_model=tiny_model, **wrong)
+    assert not (tmp_path / "run").exists()
+
+
 def test_scored_pairs_are_learnt_alongside(tiny_checkpoint, tiny_model, tmp_path):
     texts = sentences(200)
     pairs = [ScoredPair(text, text[::-1], n % 2) for n, text in enumerate(texts)]

@@ -96,7 +96,9 @@ def test_a_quantized_graph_is_measured_against_fp32(tiny_model: Path) -> None:
     from qingyu.quantize.integer import MICROSOFT, IntegerLinear
 
     path = tiny_model / "model.onnx"
-    rowwise = IntegerLinear(dict.fromkeys(("attention", "context", "intermediate", "output"), "row"), ranges={})
+    rowwise = IntegerLinear(
+        dict.fromkeys(("attention", "context", "intermediate", "output"), "row"), ranges={}
+    )
     int8 = graph_with_hidden_states(path, rowwise, domains=(MICROSOFT,))
     found = layer_errors(graph_with_hidden_states(path), int8, [batch()])
     assert all(0 < error.relative_error < 0.1 for error in found)

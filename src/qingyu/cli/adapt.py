@@ -86,6 +86,19 @@ def _add_distil(kinds: Any) -> None:  # noqa: ANN401
         "--pairs", metavar="FILE", help="also learn scores: columns sentence1, sentence2, label (any scale)"
     )
     parser.add_argument(
+        "--pair-repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="times in a pass over the texts (%(default)s)",
+    )
+    parser.add_argument(
+        "--student",
+        type=Path,
+        metavar="FOLDER",
+        help="checkpoint of a student to go on with (default: cut one)",
+    )
+    parser.add_argument(
         "--layers", type=_numbers, metavar="I,J,...", help="the teacher's layers to keep, from 0"
     )
     parser.add_argument("--vocabulary", type=int, metavar="N", help="keep the N most useful tokens")
@@ -199,6 +212,8 @@ def _distil(options: argparse.Namespace) -> int:
         vocabulary=options.vocabulary,
         words=[] if options.words is None else list(read_texts(options.words)),
         pairs=[] if options.pairs is None else list(_scored(options.pairs)),
+        student=options.student,
+        pair_repeats=options.pair_repeats,
         prompt=options.prompt,
         batch_tokens=options.batch_tokens,
         schedule=_schedule(options, "distil"),
