@@ -21,6 +21,7 @@ from qingyu.errors import (
     UnknownTokenWarning,
 )
 from qingyu.runtime.batching import Batcher, Workers, windows
+from qingyu.runtime.bundle import open_bundle
 from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
@@ -78,20 +79,23 @@ class Report:
 
 
 def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
-    """The model folder at a path, or of a plain name under ``$QINGYU_HOME/models``.
+    """The model folder at a path, of a bundle file, or of a plain name under ``$QINGYU_HOME/models``.
 
-    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with both places.
+    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with both places, and for a
+    bundle what ``open_bundle`` raises.
     """
     folder = Path(name_or_folder)
     named = qingyu_home() / "models" / folder
-    if not folder.exists() and re.fullmatch(r"[\w.-]+", str(name_or_folder)) and named.is_dir():
+    if not folder.exists() and re.fullmatch(r"[\w.@-]+", str(name_or_folder)) and named.is_dir():
         return named
+    if folder.is_file():
+        return open_bundle(folder)
     if not folder.exists():
         raise ModelNotFoundError(
             f"no model {str(name_or_folder)!r}",
             expected=f"a model folder at that path or at {named}",
             found="neither",
-            remedy="Make one with `qingyu export CHECKPOINT FOLDER`.",
+            remedy="Make one with `qingyu export CHECKPOINT FOLDER`, or get one with `qingyu pull NAME`.",
         )
     return folder
 
@@ -132,7 +136,7 @@ class Embedder:
         unicode_form: Literal["NFKC"] | None = None,
         self_check: bool = True,
     ) -> Embedder:
-        """An embedder for a model folder, its files checked against the hashes in its manifest.
+        """An embedder for a model folder or a bundle, its files checked against the hashes in its manifest.
 
         ``profile``: "throughput" runs several micro-batches at once, one thread each; "latency" uses all threads
         for one micro-batch; "edge" takes the least memory. ``threads``: ``None`` is what affinity and the
@@ -145,7 +149,7 @@ class Embedder:
         ``FallbackWarning`` issued when their vectors are wrong.
 
         Raises ``ModelNotFoundError``, ``ManifestError``, ``CorruptFileError``, ``TokenizerError``,
-        ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``.
+        ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``; for a bundle ``BundleError``, too.
         """
         _check_options(profile, max_memory_mb, special_tokens, unicode_form)
         folder = find_model(name_or_folder)
@@ -162,7 +166,7 @@ class Embedder:
         )
         embedder = cls(folder, spec, tokenizer, engine, _plan(engine, spec, max_memory_mb))
         embedder._options = (
-            folder,
+            _origin(name_or_folder, folder),
             profile,
             threads,
             max_memory_mb,
@@ -342,6 +346,11 @@ def _listed(texts: str | Iterable[str]) -> list[str]:
             remedy="Pass a list of texts.",
         )
     return list(texts)
+
+
+def _origin(name_or_folder: str | os.PathLike[str], folder: Path) -> Path:
+    """What to open again elsewhere: a bundle itself, for it may be unpacked for this process only."""
+    return Path(name_or_folder).resolve() if Path(name_or_folder).is_file() else folder
 
 
 def _reopen(
