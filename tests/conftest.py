@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def hub(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "support_hub", module)  # dataclasses look it up there
+    monkeypatch.setitem(sys.modules, "support_hub", module)  # dataclasses look it up there
     spec.loader.exec_module(module)
     server = module.Hub("someone/tiny-zh", tiny_checkpoint)
     server.Faults = module.Faults

@@ -99,7 +99,8 @@ class _Partial:
         """Forget what is there, and what others left of it: it is not what it should be."""
         self.restart()
         for other in self._others():
-            other.unlink(missing_ok=True)
+            if other != self.path:
+                other.unlink(missing_ok=True)
 
     def record(self, git: bool) -> tuple[FileRecord, str | None]:
         """Size and SHA-256 of all of it, and git's hash if that is asked for."""

@@ -47,6 +47,7 @@ class Hub:
         self.faults: dict[str, Faults] = {}
         self.token: str | None = None
         self.tell_hashes = True
+        self.list_answer: bytes | None = None
         self.seen: list[tuple[str, dict[str, str]]] = []
         hub = self
 
@@ -105,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, hub, path, query, fault):
         name = hub.repository
+        if hub.list_answer is not None and path.startswith("/api/"):
+            return self._answer(200, hub.list_answer)
         revisions = ("main", "master", "v1", hub.commit)
         if path.startswith(f"/api/models/{name}/revision/"):
             known = path.rpartition("/")[2] in revisions and query.get("blobs")
