@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 from qingyu.errors import CorruptFileError, OutputError, SourceError, UnsupportedModelError
 from qingyu.models.sources import SOURCES, Limits, RemoteFile, find_snapshot
 from qingyu.models.sources.download import download
-from qingyu.models.sources.http import Request, get_json
+from qingyu.models.sources.http import Request, _may_carry_token, get_json
 from qingyu.models.sources.listing import choose
 
 pytest.importorskip("huggingface_hub")
@@ -215,6 +218,54 @@ def test_a_token_is_not_sent_on_to_another_host_but_to_the_same(hub, monkeypatch
         fetch(hub, tmp_path / host)
         last = hub.requested("/elsewhere/x/model.safetensors")
         assert [("Authorization" in headers) for headers in last] == [sent]
+
+
+@pytest.fixture
+def secure(hub, tmp_path):
+    """The hub over TLS with a certificate of its own; its file."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs openssl, to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    hub.use_tls(context)
+    return certificate
+
+
+def test_over_tls_a_trusted_server_serves_with_the_token_and_no_other_does(
+    secure, hub, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    with pytest.raises(SourceError, match="certificate verify failed"):
+        find_snapshot("hub", NAME, None, ONCE)
+    monkeypatch.setenv("SSL_CERT_FILE", str(secure))
+    monkeypatch.delenv("HF_HUB_DISABLE_IMPLICIT_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.token = "hf_secret"
+    hub.faults["model.safetensors"] = hub.Faults(cut_after=[5000])
+    fetch(hub, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == hub.files["model.safetensors"]
+
+
+def test_a_redirect_from_https_to_http_is_refused(secure, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(secure))
+    hub.faults["model.safetensors"] = hub.Faults(redirect="http://127.0.0.1:9/x")
+    with pytest.raises(SourceError, match="redirect"):
+        fetch(hub, tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [("http://hub.example/x", False), ("https://hub.example/x", True), ("http://localhost:80/x", True)],
+)
+def test_a_token_goes_over_plain_http_to_this_machine_only(url, sent):
+    assert _may_carry_token(url) is sent
 
 
 # --- content

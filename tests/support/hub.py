@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import ssl
 import threading
 import time
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class Hub:
         self.tell_hashes = True
         self.list_answer: bytes | None = None
         self.seen: list[tuple[str, dict[str, str]]] = []
+        self._scheme = "http"
         hub = self
 
         class Handler(_Handler):
@@ -60,7 +62,14 @@ class Hub:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
+
+    def use_tls(self, context: ssl.SSLContext) -> None:
+        """From now on speak TLS; handshakes are made by the thread of a connection."""
+        self._scheme = "https"
+        self._server.socket = context.wrap_socket(
+            self._server.socket, server_side=True, do_handshake_on_connect=False
+        )
 
     @property
     def commit(self) -> str:
@@ -82,6 +91,10 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     server_hub: Hub
     protocol_version = "HTTP/1.1"
+
+    def handle(self):
+        with contextlib.suppress(OSError):  # a client that went away, or did not like the certificate
+            super().handle()
 
     def log_message(self, *_):
         pass
