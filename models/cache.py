@@ -143,6 +143,15 @@ class Cache:
         """Where the model of a name, revision and recipe is, or will be."""
         return self.home / "models" / f"{_plain(name)}@{_short(revision)}.{recipe}"
 
+    def find_model(self, name: str, revision: str | None, recipe: str) -> Path | None:
+        """The whole model folder of a name and recipe that is here: of the revision, or the one made last."""
+        found = []
+        for folder in (self.home / "models").glob(f"{_plain(name)}@*.{recipe}"):
+            of = folder.name.removeprefix(f"{_plain(name)}@").removesuffix(f".{recipe}")
+            if (revision is None or of == _short(revision)) and self.is_whole(folder):
+                found.append((folder.stat().st_mtime_ns, folder))
+        return max(found)[1] if found else None
+
     def is_whole(self, folder: Path) -> bool:
         """Whether a model folder has all its files with their hashes."""
         return folder.is_dir() and not list(_model_damage(folder))

@@ -80,9 +80,11 @@ class _Partial:
         self.size = self._stream.tell()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-        if self._done or not self.size:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(OSError):  # the disk that refused a piece refuses it again
+            self._stream.close()
+        refused = kind is not None and issubclass(kind, OSError)
+        if self._done or refused or not self.size:
             self.path.unlink(missing_ok=True)
 
     def write(self, piece: bytes) -> None:

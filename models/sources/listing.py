@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from qingyu.errors import SourceError, UnsupportedModelError
 from qingyu.models.sources.http import Request
 
-__all__ = ["RemoteFile", "Snapshot", "check_repository", "choose", "is_offline"]
+__all__ = ["RemoteFile", "Snapshot", "check_repository", "choose", "is_offline", "is_set"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,9 +74,13 @@ class Snapshot:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network, as huggingface_hub reads them."""
-    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return value.upper() in ("1", "ON", "YES", "TRUE")
+    """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network."""
+    return is_set("HF_HUB_OFFLINE") or is_set("TRANSFORMERS_OFFLINE")
+
+
+def is_set(variable: str) -> bool:
+    """Whether an environment variable says yes, in the words that huggingface_hub takes for it."""
+    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def check_repository(repository: str, revision: str | None) -> None:

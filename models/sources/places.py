@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from qingyu.errors import SourceError
 from qingyu.models.sources.http import Limits, Request, get_json
-from qingyu.models.sources.listing import RemoteFile, Snapshot, check_repository, choose
+from qingyu.models.sources.listing import RemoteFile, Snapshot, check_repository, choose, is_set
 
 __all__ = ["SOURCES", "find_snapshot"]
 
@@ -39,10 +39,26 @@ def find_snapshot(source: str, repository: str, revision: str | None, limits: Li
 
 
 def _hub(repository: str, revision: str | None, limits: Limits) -> Snapshot:
+    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    return _hub_like("hub", repository, revision or "main", limits, endpoint, _token())
+
+
+def _token() -> str | None:
+    """The user's token, unless HF_HUB_DISABLE_IMPLICIT_TOKEN asks for none to be sent."""
     from huggingface_hub import get_token
 
-    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    return _hub_like("hub", repository, revision or "main", limits, endpoint, get_token())
+    if is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
+        return None
+    try:
+        token: str | None = get_token()
+    except Exception as error:  # noqa: BLE001 - a login may be renewed over the network, and fail in any way there
+        raise SourceError(
+            "no token can be had",
+            expected="HF_TOKEN, or a login that is valid",
+            found=str(error) or type(error).__name__,
+            remedy="Log in again, or set HF_HUB_DISABLE_IMPLICIT_TOKEN=1 to go on without.",
+        ) from None
+    return token
 
 
 def _mirror(repository: str, revision: str | None, limits: Limits) -> Snapshot:
@@ -62,10 +78,13 @@ def _hub_like(
     if not isinstance(commit, str) or SHA1.fullmatch(commit) is None:
         raise _strange(origin, "a commit of 40 hexadecimal digits", commit)
     files = choose((_hub_file(item, origin) for item in _list(answer, "siblings", origin)), origin)
-    requests = {
-        file.path: Request(hf_hub_url(repository, file.path, revision=commit, endpoint=endpoint), token)
-        for file in files
-    }
+    try:
+        urls = {
+            file.path: hf_hub_url(repository, file.path, revision=commit, endpoint=endpoint) for file in files
+        }
+    except ValueError as error:  # huggingface_hub knows more about names than we do
+        raise _strange(origin, "a name that the hub allows", str(error)) from None
+    requests = {path: Request(url, token) for path, url in urls.items()}
     return Snapshot(source, repository, revision, commit, files, requests)
 
 

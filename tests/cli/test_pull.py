@@ -175,6 +175,19 @@ def test_a_model_for_a_task_that_is_not_made_yet_is_refused_but_downloaded(hub, 
     assert not (home / "models").exists()
 
 
+def test_weights_that_are_not_those_of_the_catalogue_are_refused_from_a_folder_too(
+    tiny_checkpoint, home, capsys
+):
+    assert pull("bge-small-zh-v1.5", "--from", str(tiny_checkpoint)) == 4
+    assert "expected 95827648 bytes" in capsys.readouterr().err
+
+
+def test_without_the_extra_the_error_has_the_pip_command(home, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    assert pull(NAME) == 5
+    assert 'pip install "qingyu[pull]"' in capsys.readouterr().err
+
+
 # --- sources
 
 
@@ -277,6 +290,17 @@ def test_offline_a_cached_checkpoint_becomes_a_model_without_a_socket(hub, home,
     assert pull(NAME, "--offline", "--recipe", "fp32") == 0
     assert read_spec(home / "models" / "tiny-zh").source.revision == hub.commit
     assert pull(NAME, "--offline", "--revision", "v9", "--recipe", "fp32") == 5
+
+
+def test_offline_a_model_is_enough_without_its_checkpoint(hub, home, capsys, request):
+    pull(NAME, "--recipe", "fp32")
+    main(["cache", "remove", NAME])
+    request.getfixturevalue("no_sockets")
+    capsys.readouterr()
+    assert pull(NAME, "--offline", "--recipe", "fp32", "--revision", hub.commit) == 0
+    assert "was there already" in capsys.readouterr().out
+    assert pull(NAME, "--offline", "--recipe", "fp32", "--revision", "v9") == 5
+    assert pull(NAME, "--offline", "--recipe", "rowwise") == 5
 
 
 # --- kills and crowds

@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -385,3 +386,35 @@ def test_a_full_disk_is_said_and_leaves_nothing(hub, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="10 bytes are free"):
         fetch(hub, tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_refuses_in_the_middle_is_said_and_leaves_nothing(hub, tmp_path):
+    """The process may write no file above 50 kB, which fails as a full disk does."""
+    code = f"""
+import resource
+from pathlib import Path
+from qingyu.errors import OutputError
+from qingyu.models.sources import Limits, find_snapshot
+from qingyu.models.sources.download import download
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+snapshot = find_snapshot("hub", {NAME!r}, None, Limits())
+file = next(file for file in snapshot.files if file.path == "model.safetensors")
+try:
+    for _ in download(file, snapshot.requests[file.path], Path({str(tmp_path)!r}) / "x", limits=Limits()):
+        pass
+except OutputError as error:
+    print(error.found)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "File too large\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_login_that_fails_is_one_typed_error(hub, monkeypatch):
+    def fail() -> str:
+        raise RuntimeError("the login has ended")
+
+    monkeypatch.delenv("HF_HUB_DISABLE_IMPLICIT_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", fail)
+    with pytest.raises(SourceError, match="the login has ended"):
+        find_snapshot("hub", NAME, None, QUICK)

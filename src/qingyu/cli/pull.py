@@ -92,11 +92,7 @@ def run(options: argparse.Namespace) -> int:
     require("pull", "huggingface_hub", "filelock", "onnx", "safetensors")
     wanted = _wanted(options)
     cache = Cache(qingyu_home())
-    checkpoint = _checkpoint(wanted, cache)
-    if options.download_only:
-        outcome: dict[str, object] = {"checkpoint": str(checkpoint.folder), "revision": checkpoint.revision}
-    else:
-        outcome = _model(wanted, checkpoint, cache)
+    outcome = _download(wanted, cache) if options.download_only else _model(wanted, cache)
     print(json.dumps(outcome, ensure_ascii=False) if options.json else _described(outcome))
     return 0
 
@@ -196,7 +192,7 @@ def _checkpoint(wanted: _Wanted, cache: Cache) -> _Checkpoint:
             failures.append(found)
             if len(wanted.sources) > 1:
                 print(f"not from {source}: {found}", file=sys.stderr)
-    if wanted.offline:
+    if wanted.offline and not failures:
         raise _not_here(wanted, cache)
     if len(failures) == 1:
         raise failures[0]
@@ -280,8 +276,21 @@ def _not_here(wanted: _Wanted, cache: Cache) -> OfflineError:
 # --- the model
 
 
-def _model(wanted: _Wanted, checkpoint: _Checkpoint, cache: Cache) -> dict[str, object]:
+def _download(wanted: _Wanted, cache: Cache) -> dict[str, object]:
+    checkpoint = _checkpoint(wanted, cache)
+    return {"checkpoint": str(checkpoint.folder), "revision": checkpoint.revision}
+
+
+def _model(wanted: _Wanted, cache: Cache) -> dict[str, object]:
     """Make the model unless it is there, whole, already; what is to be said of it."""
+    try:
+        checkpoint = _checkpoint(wanted, cache)
+    except OfflineError:
+        there = cache.find_model(wanted.name, wanted.revision, wanted.recipe)
+        if there is None:
+            raise
+        cache.make_current(wanted.name, there)
+        return {"model": wanted.name, "folder": str(there), "made": False, **_facts(there)}
     folder = cache.model_folder(wanted.name, checkpoint.revision, wanted.recipe)
     said: dict[str, object] = {}
     with cache.lock(folder.name):
