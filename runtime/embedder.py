@@ -21,6 +21,7 @@ from qingyu.errors import (
     UnknownTokenWarning,
 )
 from qingyu.runtime.batching import Batcher, Workers, windows
+from qingyu.runtime.bundle import open_bundle
 from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
@@ -79,15 +80,18 @@ class Report:
 
 
 def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
-    """The model folder at a path, or of a plain name: in ``$QINGYU_HOME/models``, or the bundled one.
+    """The model folder at a path, of a bundle file, or of a plain name: in ``$QINGYU_HOME/models``, or the bundled one.
 
-    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with the places.
+    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with the places, and for a
+    bundle file what ``open_bundle`` raises.
     """
     folder = Path(name_or_folder)
+    if folder.is_file():
+        return open_bundle(folder)
     if folder.exists():
         return folder
     named = qingyu_home() / "models" / folder
-    if re.fullmatch(r"[\w.-]+", str(name_or_folder)) and named.is_dir():
+    if re.fullmatch(r"[\w.@-]+", str(name_or_folder)) and named.is_dir():
         return named
     bundled = Path(__file__).parent / "bundled" / BUNDLED
     if str(name_or_folder) == BUNDLED and bundled.is_dir():
@@ -96,7 +100,7 @@ def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
         f"no model {str(name_or_folder)!r}",
         expected=f"a model folder at that path or at {named}, or the name {BUNDLED}",
         found="none of them",
-        remedy="Make one with `qingyu export CHECKPOINT FOLDER`.",
+        remedy="Make one with `qingyu export CHECKPOINT FOLDER`, or get one with `qingyu pull NAME`.",
     )
 
 
@@ -136,7 +140,9 @@ class Embedder:
         unicode_form: Literal["NFKC"] | None = None,
         self_check: bool = True,
     ) -> Embedder:
-        """An embedder for a model folder (the bundled one if none is named), its files checked against their hashes.
+        """An embedder for a model folder or a bundle (the model in the package if none is named).
+
+        Its files are checked against the hashes in its manifest.
 
         ``profile``: "throughput" runs several micro-batches at once, one thread each; "latency" uses all threads
         for one micro-batch; "edge" takes the least memory. ``threads``: ``None`` is what affinity and the
@@ -149,7 +155,7 @@ class Embedder:
         ``FallbackWarning`` issued when their vectors are wrong.
 
         Raises ``ModelNotFoundError``, ``ManifestError``, ``CorruptFileError``, ``TokenizerError``,
-        ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``.
+        ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``; for a bundle ``BundleError``, too.
         """
         _check_options(profile, max_memory_mb, special_tokens, unicode_form)
         folder = find_model(name_or_folder)
@@ -166,7 +172,7 @@ class Embedder:
         )
         embedder = cls(folder, spec, tokenizer, engine, _plan(engine, spec, max_memory_mb))
         embedder._options = (
-            folder,
+            _origin(name_or_folder, folder),
             profile,
             threads,
             max_memory_mb,
@@ -346,6 +352,11 @@ def _listed(texts: str | Iterable[str]) -> list[str]:
             remedy="Pass a list of texts.",
         )
     return list(texts)
+
+
+def _origin(name_or_folder: str | os.PathLike[str], folder: Path) -> Path:
+    """What to open again elsewhere: a bundle itself, for it may be unpacked for this process only."""
+    return Path(name_or_folder).resolve() if Path(name_or_folder).is_file() else folder
 
 
 def _reopen(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,3 +161,25 @@ def e5_model(shared_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("models") / "e5"
     export(shared_models / "multilingual-e5-small-zh", folder)
     return folder
+
+
+@pytest.fixture
+def hub(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A loopback server (tests/support/hub.py) with the tiny checkpoint as someone/tiny-zh, and no other source."""
+    path = Path(__file__).parent / "support" / "hub.py"
+    spec = importlib.util.spec_from_file_location("support_hub", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "support_hub", module)  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    server = module.Hub("someone/tiny-zh", tiny_checkpoint)
+    server.Faults = module.Faults
+    for name in ("HF_ENDPOINT", "QINGYU_MIRROR", "MODELSCOPE_ENDPOINT"):
+        monkeypatch.setenv(name, server.url)
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "QINGYU_CATALOGUE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield server
+    server.close()

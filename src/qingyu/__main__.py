@@ -11,10 +11,23 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from qingyu import __version__
-from qingyu.cli import adapt, doctor, embed, export, info, quantize, similarity, verify
+from qingyu.cli import (
+    adapt,
+    bundle,
+    cache,
+    doctor,
+    embed,
+    export,
+    info,
+    pull,
+    quantize,
+    similarity,
+    unbundle,
+    verify,
+)
 from qingyu.errors import QingyuError
 
-COMMANDS = (embed, similarity, export, quantize, verify, adapt, info, doctor)
+COMMANDS = (embed, similarity, pull, export, quantize, verify, adapt, info, doctor, cache, bundle, unbundle)
 
 EXIT_CODES = """\
 exit codes:
@@ -22,7 +35,7 @@ exit codes:
   2    wrong command line
   3    the input is wrong: a text, an option, a data file
   4    the model is wrong: damaged, inconsistent, or of a kind not handled
-  5    the surroundings are wrong: no such model, a missing package, memory, a path that cannot be written
+  5    the surroundings are wrong: no such model, the network, a missing package, memory, an unwritable path
   6    a quantized model is further from FP32 than allowed; nothing was written
   130  interrupted (Ctrl-C)
   141  whoever read the output closed it (broken pipe)

@@ -10,13 +10,16 @@
     ├── OperatorError          whoever runs the program: the machine, the installation, the paths
     │   ├── MissingExtraError      an optional dependency is not installed
     │   ├── ModelNotFoundError     no model folder where one was named
+    │   ├── SourceError            a hub, mirror or folder cannot be reached, refuses, or has no such model
+    │   ├── OfflineError           the network is needed, and offline work was asked for
     │   ├── MemoryBudgetError      a memory budget too small for the model
     │   ├── OutputError            a result cannot be written
     │   ├── KernelError            this machine computes wrong vectors with this model
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
     │   ├── ManifestError          qingyu.json is not a valid manifest
-    │   ├── CorruptFileError       a file does not have the hash that the manifest gives
+    │   ├── CorruptFileError       a file does not have the hash that the manifest, or its source, gives
+    │   ├── BundleError            a bundle file is not one, or is damaged
     │   ├── GraphError             the graph cannot be run, or is not what the manifest says
     │   ├── TokenizerError         tokenizer.json cannot be used
     │   ├── CheckpointError        a checkpoint folder is incomplete or inconsistent
@@ -29,6 +32,7 @@ A message always says what was expected, what was found and what to do.
 from __future__ import annotations
 
 __all__ = [
+    "BundleError",
     "CheckpointError",
     "ClosedError",
     "CorruptFileError",
@@ -46,9 +50,11 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "ModelNotFoundError",
+    "OfflineError",
     "OperatorError",
     "OutputError",
     "QingyuError",
+    "SourceError",
     "TextTooLongError",
     "TokenizerError",
     "UnknownTokenWarning",
@@ -119,6 +125,14 @@ class ModelNotFoundError(OperatorError):
     """There is no model folder where one was named."""
 
 
+class SourceError(OperatorError):
+    """A source of models cannot be reached, refuses access, breaks off, or does not have what was asked for."""
+
+
+class OfflineError(OperatorError):
+    """Something is not in the cache, and offline work was asked for."""
+
+
 class MemoryBudgetError(OperatorError):
     """A memory budget does not hold the model and one row of its longest text."""
 
@@ -146,7 +160,11 @@ class ManifestError(ModelError):
 
 
 class CorruptFileError(ModelError):
-    """A file of the model folder is missing or does not have the hash in the manifest."""
+    """A file is missing, or does not have the hash that the manifest, or its source, gives."""
+
+
+class BundleError(ModelError):
+    """A bundle file is not of the form that ``qingyu bundle`` writes, or is damaged."""
 
 
 class GraphError(ModelError):
