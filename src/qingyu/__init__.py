@@ -17,14 +17,16 @@ from qingyu import errors
 
 if TYPE_CHECKING:
     from qingyu.runtime.embedder import Embedder
+    from qingyu.runtime.fill_mask import FillMask
     from qingyu.runtime.spec import ModelSpec
 
-__all__ = ["Embedder", "ModelSpec", "__version__", "errors"]
+__all__ = ["Embedder", "FillMask", "ModelSpec", "__version__", "errors"]
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Embedder": "qingyu.runtime.embedder",
+    "FillMask": "qingyu.runtime.fill_mask",
     "ModelSpec": "qingyu.runtime.spec",
 }
 

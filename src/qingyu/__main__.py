@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from qingyu import __version__
-from qingyu.cli import adapt, doctor, embed, export, info, quantize, similarity, verify
+from qingyu.cli import adapt, doctor, embed, export, fill_mask, info, quantize, similarity, verify
 from qingyu.errors import QingyuError
 
-COMMANDS = (embed, similarity, export, quantize, verify, adapt, info, doctor)
+COMMANDS = (embed, similarity, fill_mask, export, quantize, verify, adapt, info, doctor)
 
 EXIT_CODES = """\
 exit codes:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qingyu.runtime.embedder import Embedder, Report
 
-__all__ = ["add_model_arguments", "new_command", "open_embedder", "print_report"]
+__all__ = [
+    "add_model_arguments",
+    "add_opening_arguments",
+    "new_command",
+    "open_embedder",
+    "opening",
+    "print_report",
+]
 
 
 def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:  # noqa: ANN401
@@ -25,11 +32,22 @@ def new_command(commands: Any, name: str, summary: str, example: str) -> argpars
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --model and the options of ``Embedder.open``."""
+    """Add --model and the options of ``Embedder.open``, and --prompt."""
+    add_opening_arguments(parser)
+    parser.add_argument("--prompt", metavar="P", help="query, passage, or the text to put before each input")
+    parser.add_argument(
+        "--special-tokens",
+        choices=("parse", "text"),
+        default="parse",
+        help="whether a typed [MASK] is the special token, as in the reference, or plain text",
+    )
+
+
+def add_opening_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --model and the options that models of every task are opened with."""
     parser.add_argument(
         "--model", required=True, metavar="FOLDER", help="a model folder, or a name in $QINGYU_HOME"
     )
-    parser.add_argument("--prompt", metavar="P", help="query, passage, or the text to put before each input")
     parser.add_argument(
         "--profile",
         choices=("throughput", "latency", "edge"),
@@ -40,12 +58,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory-mb", type=int, metavar="MB", help="resident memory that the process may reach"
     )
-    parser.add_argument(
-        "--special-tokens",
-        choices=("parse", "text"),
-        default="parse",
-        help="whether a typed [MASK] is the special token, as in the reference, or plain text",
-    )
     parser.add_argument("--nfkc", action="store_true", help="fold full-width and compatibility forms first")
 
 
@@ -53,22 +65,25 @@ def open_embedder(options: argparse.Namespace) -> Embedder:
     """The embedder that the arguments of ``add_model_arguments`` describe."""
     from qingyu.runtime.embedder import Embedder
 
-    return Embedder.open(
-        options.model,
-        profile=options.profile,
-        threads=options.threads,
-        max_memory_mb=options.max_memory_mb,
-        special_tokens=options.special_tokens,
-        unicode_form="NFKC" if options.nfkc else None,
-    )
+    return Embedder.open(options.model, special_tokens=options.special_tokens, **opening(options))
 
 
-def print_report(report: Report, max_tokens: int) -> None:
+def opening(options: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments of ``add_opening_arguments`` say, by the names that ``open`` gives them."""
+    return {
+        "profile": options.profile,
+        "threads": options.threads,
+        "max_memory_mb": options.max_memory_mb,
+        "unicode_form": "NFKC" if options.nfkc else None,
+    }
+
+
+def print_report(report: Report, max_tokens: int, *, refusable: bool = True) -> None:
     """Say on standard error what was cut or unknown; nothing where all was read."""
     if report.truncated:
+        remedy = " (--long-text error refuses them)" if refusable else ""
         print(
-            f"{report.truncated:,} of {report.texts:,} texts were cut at {max_tokens} tokens "
-            "(--long-text error refuses them)",
+            f"{report.truncated:,} of {report.texts:,} texts were cut at {max_tokens} tokens{remedy}",
             file=sys.stderr,
         )
     report.warn()
