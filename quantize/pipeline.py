@@ -160,18 +160,21 @@ class PreparedSource:
 
     @cached_property
     def plan(self) -> GraphPlan:
+        """What the FP32 graph was written from."""
         from qingyu.models.export.graph import read_plan
 
         return read_plan(self.model / self.spec.graph)
 
     @cached_property
     def weights(self) -> Mapping[str, Weights]:
+        """The folded weights of the FP32 graph."""
         from qingyu.models.export.graph import read_weights
 
         return read_weights(self.model / self.spec.graph)
 
     @cached_property
     def statistics(self) -> Statistics:
+        """Of the inputs of linear layers, on the calibration texts."""
         from qingyu.quantize.statistics import collect
 
         return collect(self.model, self.calibration)
@@ -189,7 +192,6 @@ class PreparedSource:
             weight_bits=self.weight_bits,
             keep_float=keep_float,
         )
-
 
     def write(self, folder: Path, recipe: Recipe, *, keep_float: tuple[str, ...] = ()) -> ModelSpec:
         """Put the quantized model in ``folder``, instead of all that was in it; its spec, without a certificate."""

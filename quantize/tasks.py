@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.errors import FidelityError, InputError, ManifestError, UnsupportedModelError
+from qingyu.errors import FidelityError, InputError, ManifestError
 from qingyu.models.extras import require
 from qingyu.quantize.certificate import Environment, Size, Texts, check_same_model, environment
 from qingyu.quantize.pipeline import AUTO, FALLBACK, PreparedSource
 from qingyu.quantize.speed import Speed
 from qingyu.quantize.texts import calibration_texts, checked_texts
 from qingyu.runtime.batching import micro_batches
-from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.engine import Ids, TokenBatch
 from qingyu.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from qingyu.runtime.scores import SCORES, softmax
 from qingyu.runtime.spec import MANIFEST, ModelSpec, Task, check_file, decode, read_spec
@@ -94,7 +94,10 @@ class TaskCertificate:
             value = getattr(found, name)
             if value is not None and not 0 <= value <= 1:
                 raise ManifestError(
-                    f"{origin}: {name}", expected="0 to 1", found=repr(value), remedy="Quantize the model again."
+                    f"{origin}: {name}",
+                    expected="0 to 1",
+                    found=repr(value),
+                    remedy="Quantize the model again.",
                 )
         return found
 
@@ -137,7 +140,8 @@ def quantize_task(
     source = PreparedSource(model, calibration, weight_bits=weight_bits, smoothing=smoothing)
     measured_on = checked_texts(calibration_texts(TEXTS) if texts is None else texts, least=2)
     check_output(output, model, overwrite=overwrite)
-    limits, over = gate or TaskGate(), []
+    limits = gate or TaskGate()
+    over: list[tuple[str, str]] = []
     with new_folder(output) as folder:
         for name in IN_ORDER if recipe == AUTO else (recipe,):
             draft = source.write(folder, recipe_named(name))
@@ -217,8 +221,7 @@ def _with_masks(tokenizer: Tokenizer, text: str) -> Iterator[_Input]:
 
 def _batches(inputs: Sequence[_Input], spec: ModelSpec) -> list[TokenBatch]:
     groups = [
-        [inputs[n] for n in group]
-        for group in micro_batches([len(row.ids) for row in inputs], TOKEN_BUDGET)
+        [inputs[n] for n in group] for group in micro_batches([len(row.ids) for row in inputs], TOKEN_BUDGET)
     ]
     return [
         TokenBatch.pad(

@@ -59,18 +59,19 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[NDArray[np.
     return groups
 
 
-def windows(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of growing size, each bounded in texts and in characters.
+def windows(texts: Iterable[T]) -> Iterator[list[T]]:
+    """The texts, or tuples of texts, in lists of growing size, each bounded in texts and in characters.
 
     >>> [len(window) for window in windows(["轻语"] * 200)]
     [64, 128, 8]
     """
     size, characters = FIRST_WINDOW, 0
-    window: list[str] = []
+    window: list[T] = []
     for text in texts:
         window.append(text)
         # Anything that is not a text is refused when the window is encoded, not here.
-        characters += len(text) if isinstance(text, str) else 0
+        parts = text if isinstance(text, tuple) else (text,)
+        characters += sum(len(part) for part in parts if isinstance(part, str))
         if len(window) >= size or characters >= WINDOW_CHARACTERS:
             yield window
             size, characters, window = min(2 * size, LAST_WINDOW), 0, []

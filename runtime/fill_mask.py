@@ -6,7 +6,6 @@ each other, as transformers' pipeline does. Not here: exporting a checkpoint (``
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,16 +16,22 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.errors import DataFileError, InvalidOptionError, InvalidTextError, TextTooLongError, TokenizerError
+from qingyu.errors import (
+    DataFileError,
+    InvalidOptionError,
+    InvalidTextError,
+    TextTooLongError,
+    TokenizerError,
+)
 from qingyu.runtime.batching import ItemBatcher, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.onnxruntime_engine import Profile
+from qingyu.runtime.scores import log_softmax
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec, Task
 from qingyu.runtime.task import OpenOptions, Report, TaskModel, listed
 from qingyu.runtime.tokenizer import EncodedText, Tokenizer
-from qingyu.runtime.scores import log_softmax
 
 __all__ = ["FillMask", "FilledText", "GoldenFill", "Prediction", "check_golden"]
 
@@ -87,6 +92,14 @@ class _Candidate(NamedTuple):
     ids: tuple[int, ...]
 
 
+class _Scored(NamedTuple):
+    """A word's ids and log-probability, and how the caller wrote it; ``None`` is an entry of the vocabulary."""
+
+    ids: tuple[int, ...]
+    log: float
+    word: str | None
+
+
 class _Best(NamedTuple):
     """Ids and their log-probabilities, float64, for one mask."""
 
@@ -116,7 +129,9 @@ class FillMask(TaskModel):
             )
         #: What stands for a missing word in a text: ``[MASK]``, or ``<mask>`` in models of the RoBERTa kind.
         self.mask_token = mask
-        self._mask_id = tokenizer.id_of(mask)
+        number = tokenizer.id_of(mask)
+        assert number is not None  # mask_token is a token of the vocabulary
+        self._mask_id = number
         self._batcher: ItemBatcher[_Row, list[_Best]] = ItemBatcher(
             workers=self._workers, token_budget=steps.token_budget, run=self._run
         )
@@ -263,7 +278,11 @@ class FillMask(TaskModel):
 
     def _candidate(self, word: str) -> _Candidate:
         known = self._tokenizer.id_of(word) if isinstance(word, str) else None
-        ids = (known,) if known is not None else tuple(self._tokenizer.content(word, name=f"candidate {word!r}"))
+        ids = (
+            (known,)
+            if known is not None
+            else tuple(self._tokenizer.content(word, name=f"candidate {word!r}"))
+        )
         bad = (self._tokenizer.unknown_id, self._mask_id)
         if not ids or any(token in bad for token in ids):
             raise InvalidOptionError(
@@ -337,22 +356,17 @@ class FillMask(TaskModel):
         for text, masked, count in zip(window.texts, window.masked, window.rows, strict=True):
             own = results[start : start + count]
             start += count
-            if words is None:
-                scored = [[((number,), log, None) for number, log in zip(*best, strict=True)] for best in own[0]]
-            else:
-                scored = _ranked(own, len(masked.masks), words, top_k)
+            scored = _whole(own[0]) if words is None else _ranked(own, len(masked.masks), words, top_k)
             masks = tuple(
-                tuple(self._prediction(masked, mask, *one) for one in scores)
+                tuple(self._prediction(masked, mask, one) for one in scores)
                 for mask, scores in enumerate(scored)
             )
             yield FilledText(text, masks)
 
-    def _prediction(
-        self, masked: _Masked, mask: int, ids: tuple[int, ...], log: float, word: str | None
-    ) -> Prediction:
-        token = self._tokenizer.text_of(ids[0]) if word is None else word
+    def _prediction(self, masked: _Masked, mask: int, one: _Scored) -> Prediction:
+        token = self._tokenizer.text_of(one.ids[0]) if one.word is None else one.word
         text = masked.with_word(mask, token.removeprefix("##"), self.mask_token)
-        return Prediction(token, int(ids[0]), float(np.exp(log)), text)
+        return Prediction(token, int(one.ids[0]), float(np.exp(one.log)), text)
 
 
 class _Window(NamedTuple):
@@ -374,20 +388,27 @@ def _chosen(logs: NDArray[np.float64], row: _Row, mask: int) -> _Best:
     return _Best(tuple(best.tolist()), logs[best])
 
 
+def _whole(best: Sequence[_Best]) -> list[list[_Scored]]:
+    """For each mask the best of the whole vocabulary."""
+    return [
+        [_Scored((n,), log, None) for n, log in zip(one.ids, one.logs.tolist(), strict=True)] for one in best
+    ]
+
+
 def _ranked(
     own: Sequence[list[_Best]], masks: int, words: Sequence[_Candidate], top_k: int
-) -> list[list[tuple[tuple[int, ...], float, str | None]]]:
+) -> list[list[_Scored]]:
     """For each mask the candidates with their log-scores, best first; rows are in the order of ``_rows``."""
     rows = iter(own)
     shared = next(rows) if any(len(word.ids) == 1 for word in words) else []
     ranked = []
     for mask in range(masks):
         short = iter(shared[mask].logs.tolist() if shared else [])
-        scored: list[tuple[tuple[int, ...], float, str | None]] = []
+        scored: list[_Scored] = []
         for word in words:
             log = next(short) if len(word.ids) == 1 else sum(float(next(rows)[0].logs[0]) for _ in word.ids)
-            scored.append((word.ids, log, word.word))
-        ranked.append(sorted(scored, key=lambda one: -one[1])[:top_k])
+            scored.append(_Scored(word.ids, log, word.word))
+        ranked.append(sorted(scored, key=lambda one: -one.log)[:top_k])
     return ranked
 
 
@@ -453,7 +474,10 @@ def _lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
         text = Path(path).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataFileError(
-            f"{os.fspath(path)} cannot be read", expected="JSON lines in UTF-8", found=str(error), remedy="Name another."
+            f"{os.fspath(path)} cannot be read",
+            expected="JSON lines in UTF-8",
+            found=str(error),
+            remedy="Name another file.",
         ) from None
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 

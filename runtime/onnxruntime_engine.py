@@ -308,7 +308,8 @@ class OnnxRuntimeEngine:
 
     def _check_value(self, name: str, value: Floats, batch: TokenBatch) -> None:
         masks = 1 if batch.chosen is None else len(batch.chosen)
-        shape = _output_shape(name, self.spec, *batch.ids.shape, masks)
+        rows, tokens = batch.ids.shape
+        shape = _output_shape(name, self.spec, rows, tokens, masks)
         if value.shape != shape:
             self._refuse_value(name, f"shape {shape}", f"shape {value.shape}")
         if not np.isfinite(value).all():
@@ -386,7 +387,9 @@ def check_signature(session: Any, spec: ModelSpec, origin: str) -> None:  # noqa
     inputs = {
         name: _Tensor("tensor(int64)", (None,) if name in VECTORS else (None, None)) for name in spec.inputs
     }
-    outputs = {name: _Tensor("tensor(float)", _output_shape(name, spec, None, None, None)) for name in spec.outputs}
+    outputs = {
+        name: _Tensor("tensor(float)", _output_shape(name, spec, None, None, None)) for name in spec.outputs
+    }
     _compare("inputs", inputs, session.get_inputs(), origin)
     _compare("outputs", outputs, session.get_outputs(), origin)
 

@@ -47,9 +47,7 @@ MANIFEST_LIMIT = 4 << 20  # a manifest is a few kilobytes; anything near this is
 
 Pooling = Literal["cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
-Task = Literal[
-    "embedding", "fill-mask", "classification", "tagging", "question-answering", "reranking"
-]
+Task = Literal["embedding", "fill-mask", "classification", "tagging", "question-answering", "reranking"]
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
 
 

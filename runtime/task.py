@@ -28,7 +28,7 @@ from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
-from qingyu.runtime.tokenizer import EncodedText, Tokenizer
+from qingyu.runtime.tokenizer import EncodedPair, EncodedText, Tokenizer
 from qingyu.runtime.vectors import unit
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Report:
         """The share of tokens that the vocabulary does not know, special tokens [CLS] and [SEP] left out."""
         return self.unknown / max(1, self.tokens - 2 * self.texts)
 
-    def add(self, encoded: Sequence[EncodedText]) -> None:
+    def add(self, encoded: Sequence[EncodedText | EncodedPair]) -> None:
         """Count these texts."""
         self.texts += len(encoded)
         self.tokens += sum(len(text.ids) for text in encoded)
@@ -188,7 +188,8 @@ class TaskModel:
     def probe(self, text: str) -> Floats:
         """The unit vector, float32 (dim,), that golden texts are compared by: the text run alone."""
         batch = TokenBatch.pad([self._tokenizer.encode([text])[0].ids], self._tokenizer.pad_id)
-        return unit(self._engine.probe(batch))[0]
+        vector: Floats = unit(self._engine.probe(batch))[0]
+        return vector
 
     def close(self) -> None:
         """Wait for runs under way and free the graph; later calls raise ``ClosedError``."""

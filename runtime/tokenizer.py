@@ -204,6 +204,19 @@ class Tokenizer:
             truncated=head.limited or len(content) > self._room,
         )
 
+    def whole(self, text: str, *, name: str = "the text") -> TokenizedText:
+        """All tokens of a text of any length, without special tokens; time and memory grow with the text."""
+        _check_text(text, name)
+        with _converted(f"the tokenizer failed on {name}"):
+            rows = list(_described(Part(self._bare(text), View(text, 0, len(text))), 0))
+        return TokenizedText(
+            tokens=tuple(row[0] for row in rows),
+            ids=tuple(row[1] for row in rows),
+            offsets=tuple(row[2] for row in rows),
+            special=(False,) * len(rows),
+            truncated=False,
+        )
+
     @property
     def room(self) -> int:
         """How many tokens of a text fit beside the special ones."""
@@ -244,7 +257,9 @@ class Tokenizer:
         template = self.pair_template
         room = self.max_tokens - template.added
         if room < 2:
-            _refuse_option("max_tokens", f"at least {template.added + 2}, as special tokens count", self.max_tokens)
+            _refuse_option(
+                "max_tokens", f"at least {template.added + 2}, as special tokens count", self.max_tokens
+            )
         found = []
         for number, (text, other) in enumerate(pairs, start=first):
             a = self.content(text, name=f"the first text of pair {number}")

@@ -52,10 +52,11 @@ def export(
 
     ``name`` is by default that of the checkpoint folder. ``task``: ``None`` is embedding for checkpoints with
     sentence-transformers' files, and else what config.json's ``architectures`` name. ``multi_label`` makes a
-    classifier's labels independent of each other; ``None`` follows config.json's problem_type. ``prompts`` are added to those of the checkpoint
-    and win over them; ``pooling`` replaces the checkpoint's. ``hidden_states`` adds every layer's states to
-    the outputs. ``via="optimum"`` lets optimum-onnx and torch write the encoder, for architectures that are
-    not BERT's. ``overwrite`` replaces a model folder, and nothing else, once the new one is whole.
+    classifier's labels independent of each other also where config.json's problem_type does not. ``prompts``
+    are added to those of the checkpoint and win over them; ``pooling`` replaces the checkpoint's; both are for
+    embeddings only. ``hidden_states`` adds every layer's states to the outputs. ``via="optimum"`` lets
+    optimum-onnx and torch write the encoder, for architectures that are not BERT's, and for embeddings only.
+    ``overwrite`` replaces a model folder, and nothing else, once the new one is whole.
     ``progress`` is called with the layers written and their total. Weights of any precision are written as
     FP32.
 
@@ -66,7 +67,9 @@ def export(
     _check_options(name, pooling, prompts, via)
     require("export", "onnx", "safetensors")
     chosen = _task(checkpoint, task, embedding=via == "optimum" or pooling is not None or bool(prompts))
-    _check_option("multi_label", True, not multi_label or chosen == "classification", "only for classification")
+    _check_option(
+        "multi_label", True, not multi_label or chosen == "classification", "only for classification"
+    )
     if via == "optimum":
         from qingyu.models.export.via_optimum import graph_via_optimum
 

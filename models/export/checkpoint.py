@@ -160,7 +160,9 @@ def read_checkpoint(
     weights = CheckpointWeights(
         files,
         tuple(open_weights(dense.folder) for dense in modules.dense),
-        None if task_head is None else _head_names(files, layout_of(architecture.model_type, task), task_head),
+        None
+        if task_head is None
+        else _head_names(files, layout_of(architecture.model_type, task), task_head),
     )
     encoder = {} if any_architecture else _encoder_shapes(architecture)
     _check_weights(folder, {**encoder, **_head_shapes(architecture, modules.dense)}, weights)
@@ -230,8 +232,8 @@ def _tied(folder: Path, config: Document, files: TensorFiles, layout: HeadLayout
 
 def _head_names(files: TensorFiles, layout: HeadLayout, head: TaskHead) -> dict[str, str]:
     """The head's weights under our names, with the checkpoint's own; as many as the checkpoint has."""
-    names = {"task_head.output.bias": f"{layout.output}.bias"}
-    names |= {"task_head.output.bias": other for other in layout.biases if other in files}
+    biases = [*layout.biases, f"{layout.output}.bias"]
+    names = {"task_head.output.bias": next((name for name in biases if name in files), biases[-1])}
     if not head.tied:
         names["task_head.output.weight"] = f"{layout.output}.weight"
     parts = (("task_head.dense", layout.dense), ("task_head.LayerNorm", layout.norm))

@@ -240,8 +240,10 @@ def write_graph(
     ``token_states``). With ``plan.task_head`` there are instead of ``pooled`` the logits of the task: ``logits``
     (rows, labels), ``token_logits`` (rows, tokens, labels) or ``mask_logits`` (masks, vocabulary), the last for
     the input ``mask_positions`` (masks,), positions in the rows put one after the other: only those states reach
-    the head. ``token_type_ids`` (rows, tokens) is an input where the plan says so. ``domains`` names the operator sets that ``linear`` uses beside the standard one.
-    ``progress`` is called with the number of layers written and their total.
+    the head. ``token_type_ids`` (rows, tokens) is an input where the plan says so.
+
+    ``domains`` names the operator sets that ``linear`` uses beside the standard one. ``progress`` is called with the
+    number of layers written and their total.
 
     A LayerNormalization whose state linear layers and the residual share may be moved and scaled for the sake of
     the former: with ``<name>.LayerNorm.scales`` and ``.shift`` (hidden,) in ``weights`` it gives
@@ -395,7 +397,9 @@ class _Encoder:
             chosen = self._norm(chosen, "task_head")
         logits = self._head_output(head, chosen)
         if output == "token_logits":
-            shape = graph.node("Concat", [graph.node("Shape", ["input_ids"]), graph.ints(-1)], attributes={"axis": 0})
+            shape = graph.node(
+                "Concat", [graph.node("Shape", ["input_ids"]), graph.ints(-1)], attributes={"axis": 0}
+            )
             graph.node("Reshape", [logits, shape], output=output)
         else:
             graph.node("Identity", [logits], output=output)

@@ -109,7 +109,8 @@ def task_of_architecture(name: str, labels: int) -> Task:
     >>> task_of_architecture("BertForMaskedLM", 2)
     'fill-mask'
     """
-    found = next((task for ending, task in _ENDINGS.items() if name.endswith(ending)), "embedding")
+    endings = (task for ending, task in _ENDINGS.items() if name.endswith(ending))
+    found: Task = next(endings, "embedding")
     return "reranking" if found == "classification" and labels == 1 else found
 
 

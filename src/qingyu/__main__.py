@@ -11,10 +11,38 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from qingyu import __version__
-from qingyu.cli import adapt, doctor, embed, export, fill_mask, info, quantize, similarity, verify
+from qingyu.cli import (
+    adapt,
+    answer,
+    classify,
+    doctor,
+    embed,
+    export,
+    fill_mask,
+    info,
+    quantize,
+    rerank,
+    similarity,
+    tag,
+    verify,
+)
 from qingyu.errors import QingyuError
 
-COMMANDS = (embed, similarity, fill_mask, export, quantize, verify, adapt, info, doctor)
+COMMANDS = (
+    embed,
+    similarity,
+    fill_mask,
+    classify,
+    tag,
+    answer,
+    rerank,
+    export,
+    quantize,
+    verify,
+    adapt,
+    info,
+    doctor,
+)
 
 EXIT_CODES = """\
 exit codes:

@@ -81,7 +81,9 @@ def _run_task(options: argparse.Namespace, task: str) -> int:
     certificate = verify_task(
         options.model, options.against, texts_of(options), speed_rounds=options.speed_rounds
     )
-    print(json.dumps(certificate.to_json(), ensure_ascii=False) if options.json else task_as_text(certificate))
+    print(
+        json.dumps(certificate.to_json(), ensure_ascii=False) if options.json else task_as_text(certificate)
+    )
     missed = TaskGate(options.min_agreement).missed(certificate)
     if missed:
         raise FidelityError(
