@@ -6,5 +6,16 @@ Importing this package loads neither onnx nor onnxruntime; quantizing does.
 from __future__ import annotations
 
 from qingyu.quantize.pipeline import Gate, Outcome, quantize, verify
+from qingyu.quantize.tasks import TaskCertificate, TaskGate, TaskOutcome, quantize_task, verify_task
 
-__all__ = ["Gate", "Outcome", "quantize", "verify"]
+__all__ = [
+    "Gate",
+    "Outcome",
+    "TaskCertificate",
+    "TaskGate",
+    "TaskOutcome",
+    "quantize",
+    "quantize_task",
+    "verify",
+    "verify_task",
+]

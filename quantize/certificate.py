@@ -353,7 +353,17 @@ def _summary(cosines: Doubles) -> Cosines:
     )
 
 
-_IDENTITY = ("task", "dim", "max_tokens", "pooling", "normalize", "prompts", "default_prompt")
+_IDENTITY = (
+    "task",
+    "dim",
+    "max_tokens",
+    "pooling",
+    "normalize",
+    "prompts",
+    "default_prompt",
+    "labels",
+    "scores",
+)
 
 
 def _same(reference: ModelSpec, candidate: ModelSpec, what: str, wanted: object, found: object) -> None:

@@ -29,9 +29,9 @@ def quantize_columns(weight: Floats, *, bits: int = 8) -> tuple[NDArray[np.int8]
     return np.rint(weight / scales).astype(np.int8), scales
 
 
-def quantize_rows(table: Floats) -> tuple[NDArray[np.int8], Floats]:
+def quantize_rows(table: Floats, *, bits: int = 8) -> tuple[NDArray[np.int8], Floats]:
     """Codes int8 (rows, hidden) and scales float32 (rows, 1), one scale for each row of a table."""
-    codes, scales = quantize_columns(np.ascontiguousarray(table.T))
+    codes, scales = quantize_columns(np.ascontiguousarray(table.T), bits=bits)
     return np.ascontiguousarray(codes.T), scales[:, None]
 
 

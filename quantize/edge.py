@@ -46,6 +46,7 @@ from qingyu.runtime.onnxruntime_engine import (
     session_options,
     typed,
 )
+from qingyu.runtime.selfcheck import probe
 from qingyu.runtime.spec import MANIFEST, EdgeFile, FileRecord, ModelSpec, read_checked, read_spec, sha256_of
 
 __all__ = ["EDGE_FILE", "add_edge", "write_edge"]
@@ -167,7 +168,7 @@ def _probe(spec: ModelSpec, tokens: int) -> TokenBatch:
 def _vectors(folder: Path, spec: ModelSpec, batches: list[TokenBatch]) -> Floats:
     # Taken for FP32, the edge file is opened also on a CPU whose integer products saturate, which they then do alike.
     with OnnxRuntimeEngine(folder, dataclasses.replace(spec, precision="fp32"), profile="edge") as engine:
-        pooled = np.concatenate([engine.run(batch, ("pooled",))[0] for batch in batches]).astype(np.float64)
+        pooled = np.concatenate([probe(engine, batch) for batch in batches]).astype(np.float64)
     unit: Floats = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
     return unit
 

@@ -23,16 +23,15 @@ cannot be read, and is no reason to refuse the machine. Four times is more than 
 from __future__ import annotations
 
 import unicodedata
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.errors import FidelityError, InvalidOptionError, UnknownTokenWarning
-from qingyu.runtime.embedder import Embedder
+from qingyu.errors import FidelityError, InvalidOptionError
 from qingyu.runtime.spec import GOLDEN_TEXTS as MOST_TEXTS
 from qingyu.runtime.spec import LEAST_COSINES, Golden, decode_vector, encode_vector
+from qingyu.runtime.task import TaskModel
 
 __all__ = ["GOLDEN_TEXTS", "make_golden"]
 
@@ -51,15 +50,17 @@ LEAST_ALLOWED = 5e-4  # cosine distance, for models whose own is near nothing
 Vectors = NDArray[np.float64]
 
 
-def make_golden(candidate: Embedder, reference: Embedder, *, texts: Sequence[str] = GOLDEN_TEXTS) -> Golden:
+def make_golden(candidate: TaskModel, reference: TaskModel, *, texts: Sequence[str] = GOLDEN_TEXTS) -> Golden:
     """The golden texts of the model ``candidate``, with the vectors of its FP32 original ``reference``.
+
+    Of models with a head, vectors are the states of the first token.
 
     ``reference`` may be ``candidate`` itself, for an FP32 model. Raises ``FidelityError`` when the two are so far
     apart that the check would let anything pass, and ``InvalidOptionError`` for texts that cannot be used.
     """
     _check_texts(texts)
     expected = [encode_vector(vector.tolist()) for vector in _alone(reference, texts)]
-    decoded = np.array([decode_vector(vector, reference.dim) for vector in expected])
+    decoded = np.array([decode_vector(vector, reference.spec.dim) for vector in expected])
     distance = float(np.max(1 - _cosines(decoded, _alone(candidate, texts))))
     lowest, highest = LEAST_COSINES
     least = round(1 - max(ALLOWANCE * distance, LEAST_ALLOWED), 6)
@@ -73,13 +74,9 @@ def make_golden(candidate: Embedder, reference: Embedder, *, texts: Sequence[str
     return Golden(tuple(texts), tuple(expected), min(least, highest))
 
 
-def _alone(embedder: Embedder, texts: Sequence[str]) -> Vectors:
+def _alone(model: TaskModel, texts: Sequence[str]) -> Vectors:
     """Unit vectors float64 (n, dim), each text run alone and without a prompt, as the check runs them."""
-    with warnings.catch_warnings():
-        # That does not matter to whether a machine computes rightly.
-        warnings.simplefilter("ignore", UnknownTokenWarning)
-        rows = [embedder.embed(text, prompt="", normalize=True)[0] for text in texts]
-    return np.array(rows, dtype=np.float64)
+    return np.array([model.probe(text) for text in texts], dtype=np.float64)
 
 
 def _cosines(a: Vectors, b: Vectors) -> Vectors:

@@ -4,6 +4,8 @@ attention      query, key and value; a LayerNormalization gives it
 context        attention.output.dense; what attention gathered
 intermediate   intermediate.dense; a LayerNormalization gives it
 output         output.dense; the activation function gives it
+
+The head of a task reads a fifth, which has few rows: one for each text or mask.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Literal, get_args
 
 from qingyu.models.export.graph import GraphPlan, linear_shapes
 
-__all__ = ["INPUTS", "Input", "input_of", "linear_groups", "linear_names"]
+__all__ = ["INPUTS", "Input", "input_of", "is_head", "linear_groups", "linear_names"]
 
 Input = Literal["attention", "context", "intermediate", "output"]
 INPUTS: tuple[Input, ...] = get_args(Input)
@@ -33,6 +35,15 @@ def input_of(name: str) -> Input:
     'attention'
     """
     return _INPUT_OF[name.split(".", 3)[3]]
+
+
+def is_head(name: str) -> bool:
+    """Whether a linear layer is of the head of a task and not of the encoder.
+
+    >>> is_head("task_head.dense"), is_head("encoder.layer.3.output.dense")
+    (True, False)
+    """
+    return name.startswith("task_head.")
 
 
 def linear_groups(plan: GraphPlan) -> list[tuple[str, ...]]:

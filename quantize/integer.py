@@ -5,7 +5,8 @@
     static    one scale and zero point, fixed by calibration: it does not
 
 Activations are uint8, because onnxruntime's int8 x int8 product is about ten times slower on x86. Weights have a
-scale for each output channel. Tables (words, positions) are int8 with a scale for each row.
+scale for each output channel. Tables (words, positions) are int8 with a scale for each row. Heads of tasks always have
+a scale for each row of their input: they read few rows, so that costs nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from qingyu.models.export.builder import GraphBuilder
 from qingyu.models.export.graph import Select
 from qingyu.quantize.codes import SMALLEST, quantize_columns, quantize_rows
-from qingyu.quantize.inputs import Input, input_of
+from qingyu.quantize.inputs import Input, input_of, is_head
 from qingyu.quantize.ranges import Range
 
 __all__ = ["FLOORS", "MICROSOFT", "IntegerLinear", "Scale", "lookup_rows"]
@@ -67,7 +68,8 @@ class IntegerLinear:
 
     ``scales`` says how each input finds its scale. ``divisors`` (in,) are what inputs are divided by first, and
     ``ranges`` hold the range of each static one after that, both by the name of a linear layer. ``floor`` is the
-    magnitude of the least value of the activation function, ``None`` if it has none.
+    magnitude of the least value of the activation function, ``None`` if it has none. ``table_bits`` are the bits of
+    a table's codes, by its name, where they are not 8.
     """
 
     def __init__(
@@ -78,11 +80,13 @@ class IntegerLinear:
         divisors: Mapping[str, Floats] | None = None,
         floor: float | None = None,
         weight_bits: int = 8,
+        table_bits: Mapping[str, int] | None = None,
     ) -> None:
+        self._table_bits = table_bits or {}
         self._scales, self._ranges, self._divisors = scales, ranges, divisors or {}
         self._floor = floor
         self._weight_bits = weight_bits
-        self._zeros: dict[int, str] = {}
+        self._zeros: dict[tuple[int, bool], str] = {}
 
     def prepare(self, graph: GraphBuilder, activation: str, names: Sequence[str]) -> Codes:
         """The activation as codes."""
@@ -94,15 +98,17 @@ class IntegerLinear:
         name = names[0]
         if name in self._divisors:
             activation = graph.node("Mul", [activation, graph.constant(1 / self._divisors[name])])
-        return ways[self._scales[input_of(name)]](graph, activation, name)
+        way: Scale = "row" if is_head(name) else self._scales[input_of(name)]
+        return ways[way](graph, activation, name)
 
     def _by_row(self, graph: GraphBuilder, activation: str, name: str) -> Codes:
-        floor = self._floor if input_of(name) == "output" else None
+        head = is_head(name)
+        floor = self._floor if not head and input_of(name) == "output" else None
         scales, zero_point = (
             self._symmetric(graph, activation) if floor is None else self._floored(graph, activation, floor)
         )
         flat = graph.node("Squeeze", [scales, graph.ints(1)])
-        inputs = [activation, flat, self._zero_vector(graph, flat, zero_point)]
+        inputs = [activation, flat, self._zero_vector(graph, flat, zero_point, head=head)]
         codes = graph.node("QuantizeLinear", inputs, attributes={"axis": 0})
         return Codes(codes, graph.constant(zero_point), graph.constant(np.float32(1)), scales)
 
@@ -120,9 +126,10 @@ class IntegerLinear:
         least = np.float32(floor / int(zero_point)) if floor else SMALLEST
         return graph.node("Max", [scales, graph.constant(least)]), zero_point
 
-    def _zero_vector(self, graph: GraphBuilder, scales: str, zero_point: np.uint8) -> str:
-        # All activations of a graph have the same number of rows, so one vector of zero points serves them all.
-        key = int(zero_point)
+    def _zero_vector(self, graph: GraphBuilder, scales: str, zero_point: np.uint8, *, head: bool) -> str:
+        # All activations of an encoder have the same number of rows, and those of a head, so one vector of zero
+        # points serves them all.
+        key = (int(zero_point), head)
         if key not in self._zeros:
             import onnx
 
@@ -144,13 +151,13 @@ class IntegerLinear:
     def apply(self, graph: GraphBuilder, prepared: Codes, name: str, weight: Floats, bias: Floats) -> str:
         """An integer product, scaled by channel inside the operator and by row after it, plus the bias."""
         codes, scales = quantize_columns(weight, bits=self._weight_bits)
-        inputs = [
-            prepared.codes,
-            graph.weight(f"{name}.weight.codes", codes),
-            prepared.scale,
-            graph.weight(f"{name}.weight.scales", scales),
-            prepared.zero_point,
-        ]
+        stored = graph.weight(f"{name}.weight.codes", codes), graph.weight(f"{name}.weight.scales", scales)
+        return self._product(graph, prepared, name, *stored, bias)
+
+    def _product(
+        self, graph: GraphBuilder, prepared: Codes, name: str, codes: str, scales: str, bias: Floats
+    ) -> str:
+        inputs = [prepared.codes, codes, prepared.scale, scales, prepared.zero_point]
         needed = bool(bias.any())  # see folding.without_spare_biases
         if prepared.rows is None and needed:
             inputs += ["", graph.weight(f"{name}.bias", bias)]  # "": no zero points of weights
@@ -166,12 +173,21 @@ class IntegerLinear:
 
     def lookup(self, graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
         """The selected rows of a table stored as int8 with a scale for each row."""
-        return lookup_rows(graph, name, table, select)
+        return lookup_rows(graph, name, table, select, bits=self._table_bits.get(name, 8))
+
+    def decode(self, graph: GraphBuilder, prepared: Codes, name: str, table: Floats, bias: Floats) -> str:
+        """An integer product with the table's own codes: a row's scale is that of an output channel.
+
+        onnxruntime turns the codes to (hidden, entries) once, when it loads the graph.
+        """
+        codes = graph.node("Transpose", [f"{name}.weight.codes"], attributes={"perm": (1, 0)})
+        scales = graph.node("Squeeze", [f"{name}.weight.scales", graph.ints(1)])
+        return self._product(graph, prepared, name, codes, scales, bias)
 
 
-def lookup_rows(graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
+def lookup_rows(graph: GraphBuilder, name: str, table: Floats, select: Select, *, bits: int = 8) -> str:
     """The rows of a ``table`` (entries, hidden) that ``select`` takes, stored as int8 with a scale for each."""
-    codes, scales = quantize_rows(table)
+    codes, scales = quantize_rows(table, bits=bits)
     chosen = select(graph.weight(f"{name}.weight.codes", codes))
     wide = graph.node("Cast", [chosen], attributes={"to": FLOAT})
     return graph.node("Mul", [wide, select(graph.weight(f"{name}.weight.scales", scales))])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qingyu.quantize.report import PassedOver
     from qingyu.quantize.statistics import Statistics
 
-__all__ = ["AUTO", "Gate", "Outcome", "quantize", "verify"]
+__all__ = ["AUTO", "FALLBACK", "Gate", "Outcome", "PreparedSource", "quantize", "verify"]
 
 AUTO = "auto"  # as a recipe: try them from the fastest to the safest
 FALLBACK = "model.fp32.onnx"
@@ -98,7 +98,8 @@ def quantize(
     from qingyu.quantize.fidelity import Reference
     from qingyu.runtime.embedder import Embedder
 
-    source = _Source(model, calibration, weight_bits=weight_bits, smoothing=smoothing)
+    source = PreparedSource(model, calibration, weight_bits=weight_bits, smoothing=smoothing)
+    _check_embedding(source.spec)
     measured_on = checked_texts(calibration_texts() if texts is None else texts, least=2)
     check_output(output, model, overwrite=overwrite)
     with Embedder.open(model) as fp32, new_folder(output) as folder:
@@ -139,7 +140,7 @@ def verify(
         return measured_with.measure(quantized, rounds=speed_rounds, progress=progress)
 
 
-class _Source:
+class PreparedSource:
     """The FP32 folder, read once, and the statistics of its activations, collected when a recipe needs them."""
 
     def __init__(
@@ -159,18 +160,21 @@ class _Source:
 
     @cached_property
     def plan(self) -> GraphPlan:
+        """What the FP32 graph was written from."""
         from qingyu.models.export.graph import read_plan
 
         return read_plan(self.model / self.spec.graph)
 
     @cached_property
     def weights(self) -> Mapping[str, Weights]:
+        """The folded weights of the FP32 graph."""
         from qingyu.models.export.graph import read_weights
 
         return read_weights(self.model / self.spec.graph)
 
     @cached_property
     def statistics(self) -> Statistics:
+        """Of the inputs of linear layers, on the calibration texts."""
         from qingyu.quantize.statistics import collect
 
         return collect(self.model, self.calibration)
@@ -188,6 +192,25 @@ class _Source:
             weight_bits=self.weight_bits,
             keep_float=keep_float,
         )
+
+    def write(self, folder: Path, recipe: Recipe, *, keep_float: tuple[str, ...] = ()) -> ModelSpec:
+        """Put the quantized model in ``folder``, instead of all that was in it; its spec, without a certificate."""
+        from qingyu.models.export.folder import write_manifest
+
+        for file in folder.iterdir():
+            file.unlink()
+        (folder / self.spec.graph).write_bytes(self.graph(recipe, keep_float=keep_float))
+        (folder / "tokenizer.json").write_bytes((self.model / "tokenizer.json").read_bytes())
+        draft = dataclasses.replace(
+            self.spec,
+            precision=recipe.precision,
+            recipe=recipe.name,
+            weight_bits=self.weight_bits or recipe.weight_bits,
+            float_layers=keep_float,
+            golden=None,
+            edge=None,
+        )
+        return write_manifest(folder, draft)
 
 
 @dataclass(frozen=True)
@@ -211,7 +234,7 @@ class _Trials:
 
     def __init__(
         self,
-        source: _Source,
+        source: PreparedSource,
         reference: Reference,
         folder: Path,
         gate: Gate,
@@ -271,24 +294,9 @@ class _Trials:
                 yield recipe, tuple(ranked[:count])
 
     def _try(self, recipe: Recipe, keep_float: tuple[str, ...]) -> _Trial:
-        from qingyu.models.export.folder import write_manifest
         from qingyu.runtime.embedder import Embedder
 
-        for file in self.folder.iterdir():
-            file.unlink()
-        own = self.source.spec
-        (self.folder / own.graph).write_bytes(self.source.graph(recipe, keep_float=keep_float))
-        (self.folder / "tokenizer.json").write_bytes((self.source.model / "tokenizer.json").read_bytes())
-        draft = dataclasses.replace(
-            own,
-            precision=recipe.precision,
-            recipe=recipe.name,
-            weight_bits=self.source.weight_bits or recipe.weight_bits,
-            float_layers=keep_float,
-            golden=None,
-            edge=None,
-        )
-        spec = write_manifest(self.folder, draft)
+        spec = self.source.write(self.folder, recipe, keep_float=keep_float)
         with Embedder.open(self.folder) as quantized:
             measured = self.reference.measure(quantized, rounds=self.speed_rounds, progress=self.progress)
         return _Trial(recipe, keep_float, spec, measured, self.gate.missed(measured.certificate))
@@ -332,6 +340,16 @@ class _Trials:
         return layer_errors(fp32, candidate, batches)
 
 
+def _check_embedding(spec: ModelSpec) -> None:
+    if spec.task != "embedding":
+        raise UnsupportedModelError(
+            f"{spec.name} gives no embeddings",
+            expected="a model folder of the task embedding",
+            found=f"the task {spec.task}",
+            remedy="Use quantize_task, as the command `qingyu quantize` does.",
+        )
+
+
 def _readable(model: Path) -> ModelSpec:
     spec = read_spec(model)
     if spec.precision != "fp32":
@@ -347,7 +365,7 @@ def _readable(model: Path) -> ModelSpec:
 
 
 def _finish(
-    folder: Path, source: _Source, reference: Reference, trial: _Trial, *, edge: bool, fallback: bool
+    folder: Path, source: PreparedSource, reference: Reference, trial: _Trial, *, edge: bool, fallback: bool
 ) -> ModelSpec:
     """Add certificate, golden texts, and the files asked for; the manifest as it will stay."""
     from qingyu.models.export.folder import write_manifest

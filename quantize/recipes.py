@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 from qingyu.errors import InvalidOptionError
 from qingyu.models.export.builder import GraphBuilder
-from qingyu.models.export.graph import FloatLinear, GraphPlan, LinearWriter, Select, Weights, write_graph
+from qingyu.models.export.graph import (
+    WORDS,
+    FloatLinear,
+    GraphPlan,
+    LinearWriter,
+    Select,
+    Weights,
+    write_graph,
+)
 from qingyu.quantize.folding import Folded, smooth, smooth_activations, without_spare_biases
 from qingyu.quantize.inputs import Input, input_of, linear_names
 from qingyu.quantize.integer import FLOORS, MICROSOFT, IntegerLinear, Scale
@@ -193,8 +201,14 @@ def _integer(recipe: Recipe, plan: GraphPlan, folded: Folded, bits: int) -> Line
         if recipe.scales[input_of(name)] == "static"
     }
     floor = FLOORS.get(plan.architecture.activation)
+    head = plan.task_head
     return IntegerLinear(
-        recipe.scales, ranges=ranges, divisors=folded.divisors, floor=floor, weight_bits=bits
+        recipe.scales,
+        ranges=ranges,
+        divisors=folded.divisors,
+        floor=floor,
+        weight_bits=bits,
+        table_bits={WORDS: bits} if head is not None and head.tied else {},
     )
 
 
@@ -238,6 +252,12 @@ class _Partly:
     def lookup(self, graph: GraphBuilder, name: str, table: Weights, select: Select) -> str:
         """As the other writer does it."""
         return self._writer.lookup(graph, name, table, select)
+
+    def decode(
+        self, graph: GraphBuilder, prepared: tuple[str, Any], name: str, table: Weights, bias: Weights
+    ) -> str:
+        """As the other writer does it."""
+        return self._writer.decode(graph, prepared[1], name, table, bias)
 
 
 def _needs_statistics(recipe: Recipe, smoothing: float | None) -> bool:

@@ -24,6 +24,7 @@ from qingyu.runtime.engine import TokenBatch
 from qingyu.runtime.onnxruntime_engine import (
     PROVIDERS,
     SLOW_FUSIONS,
+    feeds_of,
     import_onnxruntime,
     session_options,
     typed,
@@ -114,7 +115,7 @@ def collect(
     seen = [_Channels() for _ in groups]
     done = tokens = 0
     for batch in token_batches(model, spec, checked, token_budget=TOKEN_BUDGET):
-        feeds = {"input_ids": batch.ids, "attention_mask": batch.mask}
+        feeds = feeds_of(batch, spec.inputs)
         outputs: list[Floats] = typed("collecting statistics", partial(session.run, values, feeds))
         real = batch.mask.ravel() == 1
         for channels, states in zip(seen, outputs, strict=True):

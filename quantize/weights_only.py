@@ -21,6 +21,7 @@ __all__ = ["BlockLinear", "HalfLinear"]
 
 # What onnxruntime may round the activations to for the product: 4 is int8, with a scale for each block of a row.
 INT8_PRODUCTS = 4
+UINT8, INT32 = 2, 6  # of onnx.TensorProto
 
 Floats = NDArray[np.float32]
 
@@ -62,6 +63,33 @@ class BlockLinear:
         """The selected rows of a table stored as int8 with a scale for each row."""
         return lookup_rows(graph, name, table, select)
 
+    def decode(self, graph: GraphBuilder, prepared: str, name: str, table: Floats, bias: Floats) -> str:
+        """A MatMulNBits of 8 bits with the table's own codes, whose scales are repeated for each block.
+
+        onnxruntime brings both into that form once, when it loads the graph.
+        """
+        entries, width = table.shape
+        blocks = -(-width // self._block)
+        wide = graph.node("Cast", [f"{name}.weight.codes"], attributes={"to": INT32})
+        ends = graph.ints(0, 0, 0, blocks * self._block - width)
+        wide = graph.node("Pad", [wide, ends]) if blocks * self._block > width else wide
+        moved = graph.node("Add", [wide, graph.constant(np.int32(128))])
+        codes = graph.node("Cast", [moved], attributes={"to": UINT8})
+        codes = graph.node("Reshape", [codes, graph.ints(entries, blocks, self._block)])
+        scales = graph.node("Expand", [f"{name}.weight.scales", graph.ints(entries, blocks)])
+        scales = graph.node("Reshape", [scales, graph.ints(-1)])
+        attributes = {
+            "K": width,
+            "N": entries,
+            "bits": 8,
+            "block_size": self._block,
+            "accuracy_level": INT8_PRODUCTS,
+        }
+        product = graph.node(
+            "MatMulNBits", [prepared, codes, scales], domain=MICROSOFT, attributes=attributes
+        )
+        return graph.node("Add", [product, graph.weight(f"{name}.bias", bias)])
+
 
 class HalfLinear:
     """A ``LinearWriter`` that stores weights and tables as float16 and computes in FP32.
@@ -82,6 +110,11 @@ class HalfLinear:
     def lookup(self, graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
         """The selected rows of a table stored as float16."""
         return _widened(graph, select(graph.weight(f"{name}.weight", _halves(name, table))))
+
+    def decode(self, graph: GraphBuilder, prepared: str, name: str, table: Floats, bias: Floats) -> str:
+        """A Gemm with the table, which onnxruntime widens once for it."""
+        inputs = [prepared, _widened(graph, f"{name}.weight"), graph.weight(f"{name}.bias", bias)]
+        return graph.node("Gemm", inputs, attributes={"transB": 1})
 
 
 def _widened(graph: GraphBuilder, value: str) -> str:

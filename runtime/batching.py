@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,11 @@ from qingyu.runtime.tokenizer import EncodedText
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-__all__ = ["Batcher", "Workers", "micro_batches", "windows"]
+__all__ = ["Batcher", "ItemBatcher", "Sequenced", "Workers", "micro_batches", "windows"]
 
 T = TypeVar("T")
+R = TypeVar("R")
+V = TypeVar("V")
 
 # A window grows from the first to the last size: the workers get their first batches early, and a long
 # input still sorts over enough texts that padding stays small.
@@ -57,18 +59,19 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[NDArray[np.
     return groups
 
 
-def windows(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of growing size, each bounded in texts and in characters.
+def windows(texts: Iterable[T]) -> Iterator[list[T]]:
+    """The texts, or tuples of texts, in lists of growing size, each bounded in texts and in characters.
 
     >>> [len(window) for window in windows(["轻语"] * 200)]
     [64, 128, 8]
     """
     size, characters = FIRST_WINDOW, 0
-    window: list[str] = []
+    window: list[T] = []
     for text in texts:
         window.append(text)
         # Anything that is not a text is refused when the window is encoded, not here.
-        characters += len(text) if isinstance(text, str) else 0
+        parts = text if isinstance(text, tuple) else (text,)
+        characters += sum(len(part) for part in parts if isinstance(part, str))
         if len(window) >= size or characters >= WINDOW_CHARACTERS:
             yield window
             size, characters, window = min(2 * size, LAST_WINDOW), 0, []
@@ -124,15 +127,27 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+class Sequenced(Protocol):
+    """Anything that is run as one row of token ids, int64 (tokens,)."""
+
+    @property
+    def ids(self) -> Ids:
+        """The row."""
+        ...
+
+
+S = TypeVar("S", bound=Sequenced)
+
+
 @dataclass
-class _Running(Generic[T]):
+class _Running(Generic[T, R]):
     """One window under way: its result fills while its jobs end."""
 
     window: T
-    result: Floats
+    result: R
     jobs: list[Future[None]]
 
-    def wait(self) -> tuple[T, Floats]:
+    def wait(self) -> tuple[T, R]:
         try:
             for job in self.jobs:
                 job.result()
@@ -146,23 +161,19 @@ class _Running(Generic[T]):
             job.cancel()
 
 
-@dataclass(frozen=True)
-class Batcher:
-    """How encoded texts reach the graph: ``run`` gives (rows, dim) for one micro-batch."""
+class _Sorted(Generic[S, R]):
+    """What every batcher does; how results are held is left to ``_empty`` and ``_fill``."""
 
-    run: Callable[[TokenBatch], Floats]
     workers: Workers
-    dim: int
     token_budget: int
-    pad_id: int
 
-    def run_windows(self, encoded: Iterable[tuple[T, Sequence[EncodedText]]]) -> Iterator[tuple[T, Floats]]:
-        """For each (window, its encoded texts) the window and its vectors (n, dim), in the order given.
+    def run_windows(self, encoded: Iterable[tuple[T, Sequence[S]]]) -> Iterator[tuple[T, R]]:
+        """For each (window, its encoded texts) the window and its results, in the order given.
 
         ``encoded`` is advanced in the caller's thread while the workers run the window before; two windows are
         under way at most. An error in a job or in ``encoded`` drops what has not begun and is raised here.
         """
-        pending: deque[_Running[T]] = deque()
+        pending: deque[_Running[T, R]] = deque()
         try:
             for window, texts in encoded:
                 pending.append(self._start(window, texts))
@@ -174,14 +185,52 @@ class Batcher:
             for running in pending:
                 running.cancel()
 
-    def _start(self, window: T, texts: Sequence[EncodedText]) -> _Running[T]:
-        result = np.empty((len(texts), self.dim), dtype=np.float32)
+    def _start(self, window: T, texts: Sequence[S]) -> _Running[T, R]:
+        result = self._empty(len(texts))
         groups = micro_batches([len(text.ids) for text in texts], self.token_budget)
-        jobs = [partial(self._fill, result, [texts[n].ids for n in group], group) for group in groups]
+        jobs = [partial(self._fill, result, [texts[n] for n in group], group) for group in groups]
         if len(jobs) == 1:  # a lone short job is over sooner here than in another thread
             self.workers.run_here(jobs[0])
             jobs = []
         return _Running(window, result, [self.workers.submit(job) for job in jobs])
 
-    def _fill(self, result: Floats, sequences: Sequence[Ids], rows: NDArray[np.intp]) -> None:
-        result[rows] = self.run(TokenBatch.pad(sequences, self.pad_id))
+    def _empty(self, count: int) -> R:
+        """Room for the results of ``count`` texts."""
+        raise NotImplementedError
+
+    def _fill(self, result: R, texts: Sequence[S], rows: NDArray[np.intp]) -> None:
+        """Run one micro-batch, and put its results at ``rows``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Batcher(_Sorted[EncodedText, Floats]):
+    """How encoded texts reach the graph: ``run`` gives (rows, dim) for one micro-batch, a window (n, dim)."""
+
+    run: Callable[[TokenBatch], Floats]
+    workers: Workers
+    dim: int
+    token_budget: int
+    pad_id: int
+
+    def _empty(self, count: int) -> Floats:
+        return np.empty((count, self.dim), dtype=np.float32)
+
+    def _fill(self, result: Floats, texts: Sequence[EncodedText], rows: NDArray[np.intp]) -> None:
+        result[rows] = self.run(TokenBatch.pad([text.ids for text in texts], self.pad_id))
+
+
+@dataclass(frozen=True)
+class ItemBatcher(_Sorted[S, list[V]]):
+    """The same for results of any kind: ``run`` gives one for each item of a micro-batch, in their order."""
+
+    run: Callable[[Sequence[S]], Sequence[V]]
+    workers: Workers
+    token_budget: int
+
+    def _empty(self, count: int) -> list[V]:
+        return [None] * count  # type: ignore[list-item] # every one is replaced before a window is given out
+
+    def _fill(self, result: list[V], texts: Sequence[S], rows: NDArray[np.intp]) -> None:
+        for row, value in zip(rows, self.run(texts), strict=True):
+            result[row] = value

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from qingyu.errors import (
-    InvalidOptionError,
-    InvalidTextError,
-    ModelNotFoundError,
-    TextTooLongError,
-    UnknownTokenWarning,
-)
-from qingyu.runtime.batching import Batcher, Workers, windows
-from qingyu.runtime.bundle import open_bundle
+from qingyu.errors import InvalidOptionError, TextTooLongError
+from qingyu.runtime.batching import Batcher, windows
 from qingyu.runtime.engine import Floats, TokenBatch
-from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
-from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
+from qingyu.runtime.memory import Plan
+from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.progress import progress_bar
-from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
-from qingyu.runtime.spec import ModelSpec, check_file, read_spec
+from qingyu.runtime.selfcheck import CheckedEngine
+from qingyu.runtime.spec import ModelSpec, Task
+from qingyu.runtime.task import BUNDLED, OpenOptions, Report, TaskModel, find_model, listed
 from qingyu.runtime.tokenizer import EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import cosine, unit
 
 __all__ = ["BUNDLED", "Block", "Embedder", "Report", "find_model"]
 
 LongText = Literal["truncate", "error"]
-
-BUNDLED = "qingyu-mini-zh"  # the model that travels in the package
-UNKNOWN_LIMIT = 0.1  # above this share of unknown tokens a vector says little about its text
 
 
 class Block(NamedTuple):
@@ -46,80 +33,18 @@ class Block(NamedTuple):
     vectors: Floats
 
 
-@dataclass
-class Report:
-    """What a call read: pass one in, read it afterwards. ``tokens`` counts special tokens, too."""
-
-    texts: int = 0
-    tokens: int = 0
-    unknown: int = 0
-    truncated: int = 0
-
-    @property
-    def unknown_rate(self) -> float:
-        """The share of tokens that the vocabulary does not know, special tokens [CLS] and [SEP] left out."""
-        return self.unknown / max(1, self.tokens - 2 * self.texts)
-
-    def add(self, encoded: Sequence[EncodedText]) -> None:
-        """Count these texts."""
-        self.texts += len(encoded)
-        self.tokens += sum(len(text.ids) for text in encoded)
-        self.unknown += sum(text.unknown for text in encoded)
-        self.truncated += sum(text.truncated for text in encoded)
-
-    def warn(self) -> None:
-        """Issue ``UnknownTokenWarning`` when more than a tenth of the tokens are unknown."""
-        if self.unknown_rate > UNKNOWN_LIMIT:
-            warnings.warn(
-                f"{self.unknown_rate:.0%} of {self.tokens - 2 * self.texts} tokens are unknown to the model's "
-                "vocabulary, so the vectors say little about these texts. Is the text Chinese, and is the model "
-                "made for it? `Embedder.tokenize(text)` shows which tokens are unknown.",
-                UnknownTokenWarning,
-                stacklevel=3,
-            )
-
-
-def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
-    """The model folder at a path, of a bundle file, or of a plain name: in ``$QINGYU_HOME/models``, or the bundled one.
-
-    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with the places, and for a
-    bundle file what ``open_bundle`` raises.
-    """
-    folder = Path(name_or_folder)
-    if folder.is_file():
-        return open_bundle(folder)
-    if folder.exists():
-        return folder
-    named = qingyu_home() / "models" / folder
-    if re.fullmatch(r"[\w.@-]+", str(name_or_folder)) and named.is_dir():
-        return named
-    bundled = Path(__file__).parent / "bundled" / BUNDLED
-    if str(name_or_folder) == BUNDLED and bundled.is_dir():
-        return bundled
-    raise ModelNotFoundError(
-        f"no model {str(name_or_folder)!r}",
-        expected=f"a model folder at that path or at {named}, or the name {BUNDLED}",
-        found="none of them",
-        remedy="Make one with `qingyu export CHECKPOINT FOLDER`, or get one with `qingyu pull NAME`.",
-    )
-
-
-class Embedder:
+class Embedder(TaskModel):
     """Turns texts into vectors with one model; thread-safe, usable in a forked child, and a context manager.
 
     Open one with ``Embedder.open``. The graph is loaded when first needed; ``close()`` frees it.
     """
 
+    TASK: ClassVar[Task] = "embedding"
+
     def __init__(
         self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
     ) -> None:
-        self.spec = spec
-        self.folder = folder
-        self.plan = steps
-        self._tokenizer = tokenizer
-        self._engine = engine
-        self._workers = Workers(steps.workers)
-        self._options: tuple[Any, ...] = ()
+        super().__init__(folder, spec, tokenizer, engine, steps)
         self._batcher = Batcher(
             run=self._pooled,
             workers=self._workers,
@@ -155,32 +80,13 @@ class Embedder:
         ``FallbackWarning`` issued when their vectors are wrong.
 
         Raises ``ModelNotFoundError``, ``ManifestError``, ``CorruptFileError``, ``TokenizerError``,
-        ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``; for a bundle ``BundleError``, too.
+        ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``, ``UnsupportedModelError`` for a model of
+        another task, and for a bundle ``BundleError``, too.
         """
-        _check_options(profile, max_memory_mb, special_tokens, unicode_form)
-        folder = find_model(name_or_folder)
-        spec = read_spec(folder)
-        check_file(folder, "tokenizer.json", spec.files["tokenizer.json"])
-        tokenizer = Tokenizer.from_file(
-            folder / "tokenizer.json",
-            max_tokens=spec.max_tokens,
-            special_tokens=special_tokens,
-            unicode_form=unicode_form,
+        return cls._opened(
+            name_or_folder,
+            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
         )
-        engine = CheckedEngine(
-            OnnxRuntimeEngine(folder, spec, profile=profile, threads=threads), tokenizer, enabled=self_check
-        )
-        embedder = cls(folder, spec, tokenizer, engine, _plan(engine, spec, max_memory_mb))
-        embedder._options = (
-            _origin(name_or_folder, folder),
-            profile,
-            threads,
-            max_memory_mb,
-            special_tokens,
-            unicode_form,
-            self_check,
-        )
-        return embedder
 
     @property
     def dim(self) -> int:
@@ -208,11 +114,11 @@ class Embedder:
 
         Raises ``InvalidTextError`` for what is not Unicode text and ``UnknownTokenWarning`` above 10 % unknown.
         """
-        listed = _listed(texts)
+        given = listed(texts)
         counted = Report() if report is None else report
-        blocks = self._blocks(listed, prompt, dim, normalize, long_text, counted)
+        blocks = self._blocks(given, prompt, dim, normalize, long_text, counted)
         if progress:
-            blocks = progress_bar(((len(block.texts), block) for block in blocks), total=len(listed))
+            blocks = progress_bar(((len(block.texts), block) for block in blocks), total=len(given))
         vectors = [block.vectors for block in blocks]
         counted.warn()
         width = self.spec.dim if dim is None else dim
@@ -247,35 +153,8 @@ class Embedder:
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
         return self._tokenizer.tokenize(text, prompt=self._prompt(prompt))
 
-    def load(self) -> None:
-        """Load the graph, and check the machine, now instead of at the first text."""
-        self._engine.open()
-
-    def self_check(self) -> SelfCheck:
-        """Embed the model's golden texts now, whatever was found before; how close their vectors are.
-
-        Raises nothing for a failure: the next text will.
-        """
-        return self._engine.self_check()
-
-    def close(self) -> None:
-        """Wait for runs under way and free the graph; later calls raise ``ClosedError``."""
-        self._workers.close()
-        self._engine.close()
-
-    def __enter__(self) -> Embedder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"<Embedder {self.spec.name} {self.spec.precision}, {self.spec.dim} dimensions, {self.folder}>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, self._options
 
     def _prompt(self, prompt: str | None) -> str:
         name = self.spec.default_prompt if prompt is None else prompt
@@ -341,66 +220,6 @@ class Embedder:
         return self._engine.run(batch, ("pooled",))[0]
 
 
-def _listed(texts: str | Iterable[str]) -> list[str]:
-    if isinstance(texts, str):
-        return [texts]
-    if not isinstance(texts, Iterable):
-        raise InvalidTextError(
-            "texts is not text",
-            expected="a str or an iterable of str",
-            found=type(texts).__name__,
-            remedy="Pass a list of texts.",
-        )
-    return list(texts)
-
-
-def _origin(name_or_folder: str | os.PathLike[str], folder: Path) -> Path:
-    """What to open again elsewhere: a bundle itself, for it may be unpacked for this process only."""
-    return Path(name_or_folder).resolve() if Path(name_or_folder).is_file() else folder
-
-
-def _reopen(
-    folder: Path,
-    profile: Profile,
-    threads: int | None,
-    max_memory_mb: int | None,
-    special_tokens: Literal["parse", "text"],
-    unicode_form: Literal["NFKC"] | None,
-    self_check: bool,
-) -> Embedder:
-    return Embedder.open(
-        folder,
-        profile=profile,
-        threads=threads,
-        max_memory_mb=max_memory_mb,
-        special_tokens=special_tokens,
-        unicode_form=unicode_form,
-        self_check=self_check,
-    )
-
-
-def _check_options(
-    profile: str, max_memory_mb: int | None, special_tokens: str, unicode_form: str | None
-) -> None:
-    choices = (
-        ("profile", profile, tuple(PROFILES)),
-        ("special_tokens", special_tokens, ("parse", "text")),
-        ("unicode_form", unicode_form, (None, "NFKC")),
-    )
-    for option, value, allowed in choices:
-        if value not in allowed:
-            raise InvalidOptionError(
-                option,
-                expected=f"one of {', '.join(map(repr, allowed))}",
-                found=repr(value),
-                remedy="Use one of them.",
-            )
-    if max_memory_mb is not None and max_memory_mb < 1:
-        raise InvalidOptionError(
-            "max_memory_mb", expected="at least 1", found=str(max_memory_mb), remedy="Give it in megabytes."
-        )
-
-
 def _check_dim(dim: int | None, spec: ModelSpec) -> int:
     if dim is None:
         return spec.dim
@@ -412,17 +231,3 @@ def _check_dim(dim: int | None, spec: ModelSpec) -> int:
             remedy=f"{spec.name} has {spec.dim} dimensions.",
         )
     return dim
-
-
-def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> Plan:
-    free = None
-    if max_memory_mb is not None:
-        engine.open()  # what the weights take is measured, not estimated
-        free = max_memory_mb * MEGABYTE - resident_bytes()
-    return plan(
-        spec.architecture,
-        max_tokens=spec.max_tokens,
-        workers=engine.workers,
-        token_budget=engine.settings.token_budget,
-        free_bytes=free,
-    )

@@ -19,15 +19,28 @@ Floats = NDArray[np.float32]
 class TokenBatch:
     """Token ids and attention mask of one micro-batch, both int64 of shape (rows, tokens).
 
-    The mask is 1 for a token and 0 for padding, which stands at the end of a row.
+    The mask is 1 for a token and 0 for padding, which stands at the end of a row. ``types`` (rows, tokens) are the
+    token types, ``None`` where all are 0. ``chosen`` (n,) are the positions that a graph with the input
+    ``mask_positions`` reads, in the rows put one after the other; ``None`` is the first.
     """
 
     ids: Ids
     mask: Ids
+    types: Ids | None = None
+    chosen: Ids | None = None
 
     @classmethod
-    def pad(cls, sequences: Sequence[Ids], pad_id: int) -> TokenBatch:
+    def pad(
+        cls,
+        sequences: Sequence[Ids],
+        pad_id: int,
+        *,
+        types: Sequence[Ids] | None = None,
+        chosen: Sequence[Sequence[int]] | None = None,
+    ) -> TokenBatch:
         """The sequences as one rectangle, padded with ``pad_id`` to the longest.
+
+        ``types`` are the token types of each sequence, ``chosen`` the positions in each that are to be read.
 
         >>> TokenBatch.pad([np.array([101, 102]), np.array([101, 704, 102])], pad_id=0).ids.tolist()
         [[101, 102, 0], [101, 704, 102]]
@@ -38,14 +51,20 @@ class TokenBatch:
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = sequence
             mask[row, : len(sequence)] = 1
-        return cls(ids, mask)
+        places = None if chosen is None else [row * tokens + n for row, own in enumerate(chosen) for n in own]
+        return cls(
+            ids,
+            mask,
+            None if types is None else cls.pad(types, 0).ids,
+            None if places is None else np.array(places, dtype=np.int64),
+        )
 
 
 class Engine(Protocol):
     """Runs one graph. Implementations are thread-safe, and usable in a forked child."""
 
     def run(self, batch: TokenBatch, outputs: Sequence[str]) -> list[Floats]:
-        """The named outputs for one micro-batch, float32, first axis ``rows``.
+        """The named outputs for one micro-batch, float32, first axis ``rows`` (of ``mask_logits``: masks).
 
         Raises ``GraphError`` when the graph fails or gives a value that is not finite, and
         ``ClosedError`` after ``close()``.

@@ -46,6 +46,7 @@ __all__ = [
     "Profile",
     "Settings",
     "TelemetryWarning",
+    "feeds_of",
     "import_onnxruntime",
 ]
 
@@ -74,8 +75,10 @@ EXACT_PRODUCTS: Mapping[str, str] = {"session.x64quantprecision": "1"}
 INPUTS: Mapping[str, Callable[[TokenBatch], Ids]] = {
     "input_ids": lambda batch: batch.ids,
     "attention_mask": lambda batch: batch.mask,
-    "token_type_ids": lambda batch: np.zeros_like(batch.ids),
+    "token_type_ids": lambda batch: np.zeros_like(batch.ids) if batch.types is None else batch.types,
+    "mask_positions": lambda batch: np.zeros(1, dtype=np.int64) if batch.chosen is None else batch.chosen,
 }
+VECTORS = ("mask_positions",)  # inputs of one axis; the others have two
 
 
 class TelemetryWarning(UserWarning):
@@ -190,7 +193,7 @@ class OnnxRuntimeEngine:
                 found=", ".join(unknown) or "none",
                 remedy="Export the model with the outputs that are needed.",
             )
-        feeds = {name: INPUTS[name](batch) for name in self.spec.inputs}
+        feeds = feeds_of(batch, self.spec.inputs)
         with self._in_use():
             values: list[Floats] = typed(
                 f"running {self._path}",
@@ -304,7 +307,9 @@ class OnnxRuntimeEngine:
         return options
 
     def _check_value(self, name: str, value: Floats, batch: TokenBatch) -> None:
-        shape = _output_shape(name, self.spec, *batch.ids.shape)
+        masks = 1 if batch.chosen is None else len(batch.chosen)
+        rows, tokens = batch.ids.shape
+        shape = _output_shape(name, self.spec, rows, tokens, masks)
         if value.shape != shape:
             self._refuse_value(name, f"shape {shape}", f"shape {value.shape}")
         if not np.isfinite(value).all():
@@ -368,14 +373,23 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime  # type: ignore[no-any-return]
 
 
+def feeds_of(batch: TokenBatch, inputs: Sequence[str]) -> dict[str, Ids]:
+    """What a graph with these inputs is given for a micro-batch."""
+    return {name: INPUTS[name](batch) for name in inputs}
+
+
 def check_signature(session: Any, spec: ModelSpec, origin: str) -> None:  # noqa: ANN401
     """Raise ``GraphError`` unless the session's inputs and outputs are those of the spec.
 
     Names, element types and ranks are compared, and the sizes of last axes where the graph states them
     (every run checks them again). Rows and tokens must be free.
     """
-    inputs = {name: _Tensor("tensor(int64)", (None, None)) for name in spec.inputs}
-    outputs = {name: _Tensor("tensor(float)", _output_shape(name, spec, None, None)) for name in spec.outputs}
+    inputs = {
+        name: _Tensor("tensor(int64)", (None,) if name in VECTORS else (None, None)) for name in spec.inputs
+    }
+    outputs = {
+        name: _Tensor("tensor(float)", _output_shape(name, spec, None, None, None)) for name in spec.outputs
+    }
     _compare("inputs", inputs, session.get_inputs(), origin)
     _compare("outputs", outputs, session.get_outputs(), origin)
 
@@ -412,8 +426,15 @@ def _compare(kind: str, wanted: Mapping[str, _Tensor], declared: Sequence[Any], 
             _refuse_graph(origin, f"{kind} {name}", str(tensor), str(found[name]))
 
 
-def _output_shape(name: str, spec: ModelSpec, rows: int | None, tokens: int | None) -> tuple[int | None, ...]:
-    return (rows, spec.dim) if name == "pooled" else (rows, tokens, spec.architecture.hidden_size)
+def _output_shape(
+    name: str, spec: ModelSpec, rows: int | None, tokens: int | None, masks: int | None
+) -> tuple[int | None, ...]:
+    return {
+        "pooled": (rows, spec.dim),
+        "logits": (rows, len(spec.labels)),
+        "token_logits": (rows, tokens, len(spec.labels)),
+        "mask_logits": (masks, spec.architecture.vocab_size),
+    }.get(name, (rows, tokens, spec.architecture.hidden_size))
 
 
 def _refuse_graph(origin: str, what: str, expected: str, found: str) -> NoReturn:

@@ -38,7 +38,7 @@ from qingyu.runtime.onnxruntime_engine import OnnxRuntimeEngine, Settings, impor
 from qingyu.runtime.spec import Golden, ModelSpec, decode_vector
 from qingyu.runtime.tokenizer import Tokenizer
 
-__all__ = ["CheckedEngine", "SelfCheck", "qingyu_home"]
+__all__ = ["CheckedEngine", "SelfCheck", "probe", "qingyu_home"]
 
 Result = Literal["passed", "fallback", "failed", "none"]
 
@@ -98,6 +98,10 @@ class CheckedEngine:
     def run(self, batch: TokenBatch, outputs: Sequence[str]) -> list[Floats]:
         """The named outputs for one micro-batch; raises what ``open`` and ``OnnxRuntimeEngine.run`` raise."""
         return self._checked().run(batch, outputs)
+
+    def probe(self, batch: TokenBatch) -> Floats:
+        """What golden texts are compared by, float32 (rows, dim): see ``probe`` below; raises what ``run`` raises."""
+        return probe(self._checked(), batch)
 
     def close(self) -> None:
         """Wait for runs under way, then free the graph. May be called twice."""
@@ -197,10 +201,17 @@ def _compare(engine: OnnxRuntimeEngine, tokenizer: Tokenizer, golden: Golden) ->
     return SelfCheck("passed" if passed else "failed", cosines, golden.least_cosine, seconds)
 
 
+def probe(engine: OnnxRuntimeEngine, batch: TokenBatch) -> Floats:
+    """What a model is known by, float32 (rows, dim): its vectors, or the first token's states in models with a head."""
+    if "pooled" in engine.spec.outputs:
+        return engine.run(batch, ("pooled",))[0]
+    return np.ascontiguousarray(engine.run(batch, ("token_states",))[0][:, 0])
+
+
 def _cosine(engine: OnnxRuntimeEngine, tokenizer: Tokenizer, text: str, golden: Sequence[float]) -> float:
     batch = TokenBatch.pad([tokenizer.encode([text])[0].ids], tokenizer.pad_id)
     try:
-        pooled = engine.run(batch, ("pooled",))[0][0].astype(np.float64)
+        pooled = probe(engine, batch)[0].astype(np.float64)
     except GraphError:
         return math.nan  # kernels that fail, or give what is no number
     expected = np.array(golden)

@@ -29,7 +29,9 @@ __all__ = [
     "FileRecord",
     "Golden",
     "ModelSpec",
+    "ScoreFunction",
     "Source",
+    "Task",
     "decode",
     "decode_vector",
     "encode_vector",
@@ -45,6 +47,8 @@ MANIFEST_LIMIT = 4 << 20  # a manifest is a few kilobytes; anything near this is
 
 Pooling = Literal["cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
+Task = Literal["embedding", "fill-mask", "classification", "tagging", "question-answering", "reranking"]
+ScoreFunction = Literal["softmax", "sigmoid", "none"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,10 @@ class ModelSpec:
     ``max_tokens`` counts the special tokens. ``lowercase`` is informative: the front end is whole in
     tokenizer.json. ``prompts`` maps a prompt name to the text put before each input. ``inputs`` and
     ``outputs`` are the graph's own names, the outputs among ``token_states`` (rows, tokens, hidden),
-    ``pooled`` (rows, dim) and ``hidden_state_0`` ... ``hidden_state_<layers>`` (rows, tokens, hidden).
+    ``pooled`` (rows, dim) and ``hidden_state_0`` ... ``hidden_state_<layers>`` (rows, tokens, hidden). Of models
+    with a head, whose ``dim`` is the hidden size and which have no use for pooling and normalization, there are
+    instead of ``pooled`` the ``logits`` (rows, labels), ``token_logits`` (rows, tokens, labels) or ``mask_logits``
+    (masks, vocabulary); ``labels`` names the labels, and ``scores`` is the function from logits to scores.
     ``files`` names every file that may be read. ``certificate`` is INT8 measured against FP32, as JSON.
     ``weight_bits`` is the width of quantized weights, ``float_layers`` names the linear layers that stayed FP32.
     ``golden`` are texts to test a machine with, ``fallback`` names an FP32 graph for machines that fail, and ``edge``
@@ -115,7 +122,7 @@ class ModelSpec:
     """
 
     name: str
-    task: Literal["embedding"]
+    task: Task
     architecture: Architecture
     dim: int
     max_tokens: int
@@ -137,6 +144,8 @@ class ModelSpec:
     golden: Golden | None = None
     fallback: str | None = None
     edge: EdgeFile | None = None
+    labels: tuple[str, ...] = ()
+    scores: ScoreFunction = "softmax"
 
     def to_json(self) -> str:
         """The manifest as JSON text, ending in a newline; ``from_json`` reads it back unchanged."""
@@ -470,7 +479,27 @@ def _check_sizes(spec: ModelSpec, origin: str) -> None:
         spec.max_tokens <= sizes.max_positions, spec.max_tokens, "at most max_positions", origin, "max_tokens"
     )
     eps = sizes.layer_norm_eps
+    _check_labels(spec, origin)
     _expect(math.isfinite(eps) and 0 < eps < 1, eps, "between 0 and 1", origin, "architecture.layer_norm_eps")
+
+
+# Tasks whose graph gives one number for each label; how many labels, ``None`` for any number.
+LABELLED: Mapping[str, int | None] = {
+    "classification": None,
+    "tagging": None,
+    "reranking": 1,
+    "question-answering": 2,
+}
+MOST_LABELS = 1 << 16
+
+
+def _check_labels(spec: ModelSpec, origin: str) -> None:
+    if spec.task not in LABELLED:
+        return
+    least, most = (LABELLED[spec.task] or 1, LABELLED[spec.task] or MOST_LABELS)
+    holds = least <= len(spec.labels) <= most
+    _expect(holds, len(spec.labels), f"{least} to {most} labels for {spec.task}", origin, "labels")
+    _expect(spec.dim == spec.architecture.hidden_size, spec.dim, "the hidden size", origin, "dim")
 
 
 def _check_files(spec: ModelSpec, origin: str) -> None:

@@ -42,7 +42,16 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from tokenizers import Tokenizer as Backend
 
-__all__ = ["EncodedText", "SpecialTokens", "TokenizedText", "Tokenizer", "UnicodeForm"]
+__all__ = [
+    "EncodedPair",
+    "EncodedText",
+    "PairTemplate",
+    "SpecialTokens",
+    "TokenizedText",
+    "Tokenizer",
+    "UnicodeForm",
+    "longest_first",
+]
 
 SpecialTokens = Literal["parse", "text"]
 UnicodeForm = Literal["NFKC"]
@@ -50,6 +59,7 @@ UnicodeForm = Literal["NFKC"]
 FILE_LIMIT = 64 << 20  # bytes; the largest in use, XLM-R's quarter million pieces, has 17 MB
 _REMEDY = "Export the model again, from a checkpoint that you trust."
 _PADDING = ("[PAD]", "<pad>")
+_MASKS = ("[MASK]", "<mask>")
 # What a text may hold and a broken tokenizer.json may fail at: nothing, a word, Han, a character of no vocabulary.
 _PROBES = ("", "a", "a 中文。", "\x00 é ａ", "\U0010fffd")
 
@@ -63,6 +73,19 @@ class EncodedText:
     """
 
     ids: NDArray[np.int64]
+    unknown: int
+    truncated: bool
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPair:
+    """Token ids and token types of a text with another, ready for the model; fields as in ``EncodedText``.
+
+    ``types``: int64 (tokens,).
+    """
+
+    ids: NDArray[np.int64]
+    types: NDArray[np.int64]
     unknown: int
     truncated: bool
 
@@ -88,11 +111,13 @@ class Tokenizer:
     """Token ids of any text, equal to the reference's. Thread-safe, fork-safe, and starts no threads.
 
     ``pad_id`` is the id that the file names for padding, or of ``[PAD]`` or ``<pad>``, or 0: the attention
-    mask hides it in any case. ``unknown_id`` is ``None`` for tokenizers that know every character.
+    mask hides it in any case. ``unknown_id`` is ``None`` for tokenizers that know every character. ``mask_token``
+    is ``[MASK]`` or ``<mask>``, ``None`` for tokenizers with neither.
     """
 
     pad_id: int
     unknown_id: int | None
+    mask_token: str | None
     max_tokens: int
 
     def __init__(self, backend: Backend, *, max_tokens: int, window: int | None = None) -> None:
@@ -106,6 +131,7 @@ class Tokenizer:
             _refuse_option("max_tokens", f"at least {least}, as special tokens count", max_tokens)
         self.unknown_id = _unknown_id(backend)
         self.pad_id = next((i for i in map(backend.token_to_id, _PADDING) if i is not None), 0)
+        self.mask_token = next((token for token in _MASKS if backend.token_to_id(token) is not None), None)
         # Chinese has about 1 character a token in BERT, 1.5 in XLM-R. A window too small costs a second
         # one; a window too large is tokenized in vain.
         self._window = window or self._room + self._room // 2 + 64
@@ -177,6 +203,72 @@ class Tokenizer:
             special=(True,) * len(before) + (False,) * len(kept) + (True,) * len(after),
             truncated=head.limited or len(content) > self._room,
         )
+
+    def whole(self, text: str, *, name: str = "the text") -> TokenizedText:
+        """All tokens of a text of any length, without special tokens; time and memory grow with the text."""
+        _check_text(text, name)
+        with _converted(f"the tokenizer failed on {name}"):
+            rows = list(_described(Part(self._bare(text), View(text, 0, len(text))), 0))
+        return TokenizedText(
+            tokens=tuple(row[0] for row in rows),
+            ids=tuple(row[1] for row in rows),
+            offsets=tuple(row[2] for row in rows),
+            special=(False,) * len(rows),
+            truncated=False,
+        )
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a text fit beside the special ones."""
+        return self._room
+
+    def content(self, text: str, *, name: str = "the text") -> list[int]:
+        """Ids of the start of a text without special tokens, at least ``room`` + 1 of them where it has as many.
+
+        Errors call the text ``name``; raises what ``encode`` raises.
+        """
+        _check_text(text, name)
+        with _converted(f"the tokenizer failed on {name}"):
+            return [number for part in self._head(text).parts for number in part.encoding.ids]
+
+    def surrounded(self, content: Sequence[int]) -> tuple[NDArray[np.int64], int]:
+        """Ids with special tokens around the first ``room`` of ``content``, and how many stand before them."""
+        ids = [*self._prefix, *content[: self._room], *self._suffix]
+        return np.array(ids, dtype=np.int64), len(self._prefix)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of an entry of the vocabulary."""
+        found = self._backend.token_to_id(token)
+        return None if found is None else int(found)
+
+    def text_of(self, number: int) -> str:
+        """A single token as text, as the reference decodes it."""
+        with _converted("the tokenizer failed on a token"):
+            return str(self._backend.decode([number], skip_special_tokens=False))
+
+    @cached_property
+    def pair_template(self) -> PairTemplate:
+        """Where the post-processor puts two texts; ``TokenizerError`` where it cannot."""
+        with _converted("the tokenizer cannot encode pairs"):
+            return PairTemplate.of(self._backend)
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, first: int = 0) -> list[EncodedPair]:
+        """Ids and types of each pair, the longer text cut first, as in the reference; errors count from ``first``."""
+        template = self.pair_template
+        room = self.max_tokens - template.added
+        if room < 2:
+            _refuse_option(
+                "max_tokens", f"at least {template.added + 2}, as special tokens count", self.max_tokens
+            )
+        found = []
+        for number, (text, other) in enumerate(pairs, start=first):
+            a = self.content(text, name=f"the first text of pair {number}")
+            b = self.content(other, name=f"the second text of pair {number}")
+            kept = longest_first(len(a), len(b), room)
+            ids, types = template.join(a[: kept[0]], b[: kept[1]])
+            unknown = 0 if self.unknown_id is None else int((ids == self.unknown_id).sum())
+            found.append(EncodedPair(ids, types, unknown, truncated=kept != (len(a), len(b))))
+        return found
 
     def _encode(self, text: str) -> EncodedText:
         head = self._head(text)
@@ -329,6 +421,72 @@ def _template(backend: Backend) -> tuple[list[int], list[int]]:
             remedy=_REMEDY,
         )
     return whole.ids[:start], whole.ids[stop:]
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens two texts keep in ``room`` tokens, the longer cut first, as the tokenizers library does it.
+
+    >>> longest_first(3, 100, 20), longest_first(100, 100, 21)
+    ((3, 17), (10, 11))
+    """
+    if first + second <= room:
+        return first, second
+    short, long = min(first, second), max(first, second)
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room // 2 + room % 2
+    return (long, short) if first > second else (short, long)
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """The ids, each with its token type, before, between and after two texts, and the types of the texts."""
+
+    before: tuple[tuple[int, int], ...]
+    between: tuple[tuple[int, int], ...]
+    after: tuple[tuple[int, int], ...]
+    types: tuple[int, int]
+
+    @property
+    def added(self) -> int:
+        """How many tokens are put around the texts."""
+        return len(self.before) + len(self.between) + len(self.after)
+
+    @classmethod
+    def of(cls, backend: Backend) -> PairTemplate:
+        """The template of a tokenizer's post-processor, learnt from a probe."""
+        whole = backend.encode("中", "文")
+        rows = list(zip(whole.ids, whole.type_ids, strict=True))
+        of_first = [n for n, sequence in enumerate(whole.sequence_ids) if sequence == 0]
+        of_second = [n for n, sequence in enumerate(whole.sequence_ids) if sequence == 1]
+        if not of_first or not of_second or of_first[-1] > of_second[0]:
+            raise TokenizerError(
+                "the post-processor cannot join two texts",
+                expected="the first text once, and after it the second",
+                found=f"tokens {whole.tokens[:8]}",
+                remedy=_REMEDY,
+            )
+        return cls(
+            before=tuple(rows[: of_first[0]]),
+            between=tuple(rows[of_first[-1] + 1 : of_second[0]]),
+            after=tuple(rows[of_second[-1] + 1 :]),
+            types=(rows[of_first[0]][1], rows[of_second[0]][1]),
+        )
+
+    def join(
+        self, first: Sequence[int], second: Sequence[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids and types, int64 (tokens,), of two texts given as ids."""
+        a, b = self.types
+        rows = [
+            *self.before,
+            *((number, a) for number in first),
+            *self.between,
+            *((number, b) for number in second),
+            *self.after,
+        ]
+        joined = np.array(rows, dtype=np.int64)
+        return joined[:, 0], joined[:, 1]
 
 
 def _unknown_id(backend: Backend) -> int | None:

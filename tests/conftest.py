@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,87 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
     return folder
+
+
+HEADS = {
+    # Task: the class of transformers, and the shapes of its head in hidden sizes (0), labels (1) and words (2).
+    "fill-mask": (
+        "BertForMaskedLM",
+        {
+            "cls.predictions.transform.dense.weight": (0, 0),
+            "cls.predictions.transform.dense.bias": (0,),
+            "cls.predictions.transform.LayerNorm.weight": (0,),
+            "cls.predictions.transform.LayerNorm.bias": (0,),
+            "cls.predictions.bias": (2,),
+        },
+    ),
+    "classification": (
+        "BertForSequenceClassification",
+        {"bert.pooler.dense.weight": (0, 0), "bert.pooler.dense.bias": (0,), "classifier.weight": (1, 0)}
+        | {"classifier.bias": (1,)},
+    ),
+    "tagging": ("BertForTokenClassification", {"classifier.weight": (1, 0), "classifier.bias": (1,)}),
+    "question-answering": (
+        "BertForQuestionAnswering",
+        {"qa_outputs.weight": (1, 0), "qa_outputs.bias": (1,)},
+    ),
+}
+HEADS["reranking"] = HEADS["classification"]
+
+
+@pytest.fixture(scope="session")
+def head_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that gives the tiny BERT with a random head as transformers saves it, for a task and labels."""
+    numpy = pytest.importorskip("numpy")
+    safetensors = pytest.importorskip("safetensors.numpy")
+
+    def make(
+        task: str, labels: Sequence[str] = (), *, more: Mapping[str, object] | None = None, **config: object
+    ) -> Path:
+        folder = tmp_path_factory.mktemp("heads") / f"tiny-{task}"
+        folder.mkdir()
+        for name in ("vocab.txt", "tokenizer_config.json"):
+            shutil.copy(tiny_checkpoint / name, folder / name)
+        document = json.loads((tiny_checkpoint / "config.json").read_text(encoding="utf-8"))
+        names = labels or {"reranking": ["LABEL_0"]}.get(task, ["LABEL_0", "LABEL_1"])
+        kind, shapes = HEADS[task]
+        numbered = {str(number): label for number, label in enumerate(names)}
+        document |= {"architectures": [kind], "id2label": numbered, **config}
+        document["label2id"] = {label: int(number) for number, label in numbered.items()}
+        (folder / "config.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+        encoder = safetensors.load_file(tiny_checkpoint / "model.safetensors")
+        sizes = (document["hidden_size"], len(names), document["vocab_size"])
+        random = numpy.random.default_rng(3)
+        head = {
+            name: random.normal(0, 0.5, [sizes[axis] for axis in axes]).astype(numpy.float32)
+            for name, axes in shapes.items()
+        }
+        weights = {f"bert.{name}": weight for name, weight in encoder.items()} | head | dict(more or {})
+        safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def head_model(
+    head_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """A function that gives the FP32 model folder of ``head_checkpoint``, made once for the same arguments."""
+    pytest.importorskip("onnx")
+    from qingyu.models.export import export
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(task: str, labels: Sequence[str] = (), **config: object) -> Path:
+        key = (task, tuple(labels), *sorted(config.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("head-models") / task
+            export(head_checkpoint(task, labels, **config), folder, task=task)
+            made[key] = folder
+        return made[key]
+
+    return make
 
 
 @pytest.fixture(scope="session")

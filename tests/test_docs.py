@@ -90,7 +90,7 @@ def test_links_of_a_page_lead_to_files(page):
 def test_every_command_is_documented():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for command in COMMANDS:
-        name = command.__name__.rpartition(".")[2]
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
         assert f"qingyu {name}" in text, name
 
 

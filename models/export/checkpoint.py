@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.errors import ModelNotFoundError
+from qingyu.errors import InvalidOptionError, ModelNotFoundError
 from qingyu.models.export.config import (
     check_supported,
+    labels_of,
     model_type,
     padding_id,
     read_architecture,
@@ -24,15 +25,23 @@ from qingyu.models.export.config import (
 )
 from qingyu.models.export.files import Document, refuse
 from qingyu.models.export.frontend import FrontEnd, read_front_end
-from qingyu.models.export.graph import linear_shapes, weight_shapes
+from qingyu.models.export.graph import WORDS, linear_shapes, weight_shapes
+from qingyu.models.export.heads import (
+    HeadLayout,
+    TaskHead,
+    head_shapes,
+    layout_of,
+    task_of_architecture,
+)
 from qingyu.models.export.modules import DenseLayer, Modules, read_modules
 from qingyu.models.export.weights import TensorFiles, open_weights
-from qingyu.runtime.spec import Architecture, Pooling, Source
+from qingyu.runtime.spec import Architecture, Pooling, ScoreFunction, Source, Task
 
 __all__ = [
     "Checkpoint",
     "CheckpointWeights",
     "check_folder",
+    "default_task",
     "maximum_tokens",
     "read_checkpoint",
     "read_source",
@@ -47,7 +56,8 @@ class Checkpoint:
 
     ``weights`` gives float32 arrays under the names of BertModel, linear ones (out, in), and Dense layers
     as ``head.<n>.weight`` and ``head.<n>.bias``; each access reads from the disk. ``padding_id`` is as in
-    ``GraphPlan``.
+    ``GraphPlan``. A ``task_head`` has its weights under ``task_head``, and ``labels`` and ``scores`` as in
+    ``ModelSpec``.
     """
 
     folder: Path
@@ -63,6 +73,9 @@ class Checkpoint:
     front_end: FrontEnd
     source: Source
     weights: CheckpointWeights
+    task_head: TaskHead | None = None
+    labels: tuple[str, ...] = ()
+    scores: ScoreFunction = "softmax"
 
     @property
     def dim(self) -> int:
@@ -71,10 +84,19 @@ class Checkpoint:
 
 
 class CheckpointWeights(Mapping[str, NDArray[np.float32]]):
-    """Encoder and Dense weights under one set of names, read when asked for."""
+    """Encoder and Dense weights under one set of names, read when asked for.
 
-    def __init__(self, encoder: TensorFiles, head: tuple[TensorFiles, ...] = ()) -> None:
+    ``task_head`` maps names that begin with ``task_head.`` to the encoder file's own.
+    """
+
+    def __init__(
+        self,
+        encoder: TensorFiles,
+        head: tuple[TensorFiles, ...] = (),
+        task_head: Mapping[str, str] | None = None,
+    ) -> None:
         self._parts: dict[str, tuple[TensorFiles, str]] = {name: (encoder, name) for name in encoder}
+        self._parts |= {name: (encoder, stored) for name, stored in (task_head or {}).items()}
         for number, files in enumerate(head):
             for name in files:
                 self._parts[f"head.{number}.{name.removeprefix('linear.')}"] = (files, name)
@@ -95,29 +117,56 @@ class CheckpointWeights(Mapping[str, NDArray[np.float32]]):
         return len(self._parts)
 
 
-def read_checkpoint(
-    folder: Path, *, pooling: Pooling | None = None, any_architecture: bool = False
-) -> Checkpoint:
-    """The checkpoint in a folder; ``pooling`` replaces what its files say.
+def default_task(folder: Path) -> Task:
+    """What a checkpoint is for: embeddings where it has modules.json, else what its first architecture names."""
+    check_folder(folder)
+    if (folder / "modules.json").exists():
+        return "embedding"
+    config = read_config(folder)
+    named = config.fields.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    if not isinstance(first, str):
+        return "embedding"
+    task = task_of_architecture(first, 2)
+    return task if task != "classification" else task_of_architecture(first, len(labels_of(config)))
 
+
+def read_checkpoint(
+    folder: Path,
+    *,
+    pooling: Pooling | None = None,
+    any_architecture: bool = False,
+    task: Task = "embedding",
+    multi_label: bool = False,
+) -> Checkpoint:
+    """The checkpoint in a folder, for one ``task``; ``pooling`` replaces what its files say.
+
+    For other tasks than embeddings sentence-transformers' files are not read. ``multi_label`` makes a classifier's
+    labels independent whatever config.json says.
     ``any_architecture`` leaves out the check that the graph writer knows the model, and that of its weights.
     Raises ``ModelNotFoundError`` where there is no such folder, ``UnsupportedModelError`` for a kind of
     model that the graph writer does not know, ``CheckpointError`` for anything missing or damaged,
     ``TokenizerError`` for an unusable tokenizer. Weights are checked for presence and shape, not read.
     """
     check_folder(folder)
-    modules = read_modules(folder, pooling=pooling)
+    modules = read_modules(folder, pooling=pooling) if task == "embedding" else _plain(folder)
     config = effective_config(modules)
     if not any_architecture:
         check_supported(config)
     architecture = read_architecture(config)
     kind = model_type(config)
+    files = open_weights(modules.encoder, prefix=kind.prefix)
+    task_head = None if task == "embedding" else _task_head(folder, config, architecture, files, task)
     weights = CheckpointWeights(
-        open_weights(modules.encoder, prefix=kind.prefix),
+        files,
         tuple(open_weights(dense.folder) for dense in modules.dense),
+        None
+        if task_head is None
+        else _head_names(files, layout_of(architecture.model_type, task), task_head),
     )
     encoder = {} if any_architecture else _encoder_shapes(architecture)
     _check_weights(folder, {**encoder, **_head_shapes(architecture, modules.dense)}, weights)
+    _check_task_head(folder, task_head, architecture, weights)
     if not any_architecture:
         _check_token_types(folder, architecture, weights)
     skipped = padding_id(config)
@@ -137,7 +186,114 @@ def read_checkpoint(
         front_end=front_end,
         source=read_source(folder, config),
         weights=weights,
+        task_head=task_head,
+        labels=() if task_head is None or task == "fill-mask" else _labels(config, task),
+        scores=score_function(config, task, multi_label=multi_label),
     )
+
+
+def _plain(folder: Path) -> Modules:
+    return Modules(folder, Document(folder / "(none)", {}), "cls")
+
+
+def _task_head(
+    folder: Path, config: Document, sizes: Architecture, files: TensorFiles, task: Task
+) -> TaskHead:
+    layout = layout_of(sizes.model_type, task)
+    has_dense = layout.dense is not None
+    return TaskHead(
+        task=task,
+        labels=sizes.vocab_size if task == "fill-mask" else len(_labels(config, task)),
+        activation=(layout.activation or sizes.activation) if has_dense else None,
+        norm=layout.norm is not None,
+        tied=task == "fill-mask" and _tied(folder, config, files, layout),
+        # Fill-mask and tagging read one text, whose types are 0.
+        token_types=task in _PAIRS and _token_types(files) > 1,
+    )
+
+
+_PAIRS: tuple[Task, ...] = ("classification", "reranking", "question-answering")
+
+
+def _token_types(files: TensorFiles) -> int:
+    return files.shape(TOKEN_TYPES)[0] if TOKEN_TYPES in files and files.shape(TOKEN_TYPES) else 0
+
+
+def _tied(folder: Path, config: Document, files: TensorFiles, layout: HeadLayout) -> bool:
+    """Whether the decoder is the word embedding; as transformers 5, a decoder that differs from it stands."""
+    stored = f"{layout.output}.weight"
+    if stored in files:
+        words = f"{WORDS}.weight"
+        return words in files and bool(np.array_equal(files[stored], files[words]))
+    if not config.flag("tie_word_embeddings", default=True):
+        refuse(f"{folder}: weight {stored}", expected="a decoder, as it is not tied", found="no such weight")
+    return True
+
+
+def _head_names(files: TensorFiles, layout: HeadLayout, head: TaskHead) -> dict[str, str]:
+    """The head's weights under our names, with the checkpoint's own; as many as the checkpoint has."""
+    biases = [*layout.biases, f"{layout.output}.bias"]
+    names = {"task_head.output.bias": next((name for name in biases if name in files), biases[-1])}
+    if not head.tied:
+        names["task_head.output.weight"] = f"{layout.output}.weight"
+    parts = (("task_head.dense", layout.dense), ("task_head.LayerNorm", layout.norm))
+    for name, stored in parts:
+        if stored is not None:
+            names |= {f"{name}.{kind}": f"{stored}.{kind}" for kind in ("weight", "bias")}
+    return {name: stored for name, stored in names.items() if stored in files}
+
+
+def _check_task_head(
+    folder: Path, head: TaskHead | None, sizes: Architecture, weights: CheckpointWeights
+) -> None:
+    if head is None:
+        return
+    shapes = head_shapes(head, sizes)
+    if not any(name in weights for name in shapes):
+        raise InvalidOptionError(
+            f"{folder} has no head for {head.task}",
+            expected=f"a checkpoint that was trained for {head.task}",
+            found="weights of the encoder alone",
+            remedy="Choose another --task, such as embedding, or another checkpoint.",
+        )
+    linear = {name for name in shapes if name.endswith(".weight")}
+    _check_weights(
+        folder, {name: shape[::-1] if name in linear else shape for name, shape in shapes.items()}, weights
+    )
+
+
+def _labels(config: Document, task: Task) -> tuple[str, ...]:
+    labels = labels_of(config)
+    wanted = {"reranking": 1, "question-answering": 2}.get(task, len(labels))
+    if task == "question-answering":
+        return ("start", "end")
+    if len(labels) != wanted:
+        raise InvalidOptionError(
+            f"{config.path} describes no model for {task}",
+            expected=f"{wanted} label",
+            found=f"{len(labels)}",
+            remedy="Export it with --task classification.",
+        )
+    return labels
+
+
+_IDENTITIES = ("torch.nn.modules.linear.Identity", "torch.nn.Identity")
+
+
+def score_function(config: Document, task: Task, *, multi_label: bool) -> ScoreFunction:
+    """How logits become scores, by the rules of transformers' pipelines and of sentence-transformers' CrossEncoder."""
+    if multi_label:
+        return "sigmoid"
+    if task == "reranking":
+        settings = config.object("sentence_transformers")
+        named = settings.get("activation_fn", config.fields.get("sbert_ce_default_activation_function"))
+        return "none" if named in _IDENTITIES else "sigmoid"
+    if task != "classification":
+        return "softmax"
+    problem = config.fields.get("problem_type")
+    if problem == "regression":
+        return "none"
+    return "sigmoid" if problem == "multi_label_classification" or len(labels_of(config)) == 1 else "softmax"
 
 
 def check_folder(folder: Path) -> None:

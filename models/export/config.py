@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qingyu.errors import UnsupportedModelError
-from qingyu.models.export.files import Document, read_object, refuse, shown
+from qingyu.models.export.files import Document, is_unicode, read_object, refuse, shown
 from qingyu.models.export.graph import ACTIVATIONS
 from qingyu.runtime.spec import Architecture
 
@@ -19,6 +19,7 @@ __all__ = [
     "MODEL_TYPES",
     "ModelType",
     "check_supported",
+    "labels_of",
     "model_type",
     "padding_id",
     "read_architecture",
@@ -118,6 +119,18 @@ def read_architecture(config: Document) -> Architecture:
         layer_norm_eps=config.number("layer_norm_eps", default=1e-12),
         **sizes,
     )
+
+
+def labels_of(config: Document) -> tuple[str, ...]:
+    """The labels of a classifier in the order of its logits: id2label, or LABEL_0 and so on, 2 by default."""
+    stated = config.object("id2label")
+    if not stated:
+        count = config.integer("num_labels", 1, 1 << 16, default=2)
+        return tuple(f"LABEL_{number}" for number in range(count))
+    found = [stated.get(str(number)) for number in range(len(stated))]
+    if not all(is_unicode(label) for label in found):
+        config.refuse("id2label", "a label for each number from 0 on")
+    return tuple(map(str, found))
 
 
 def model_type(config: Document) -> ModelType:

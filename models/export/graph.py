@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from qingyu.errors import GraphError
 from qingyu.models.export.builder import GraphBuilder
+from qingyu.models.export.heads import LOGITS, TaskHead, head_shapes
 from qingyu.models.export.pooling import FLOAT, write_pooling
 from qingyu.runtime.spec import Architecture, Pooling
 
@@ -37,6 +38,7 @@ __all__ = [
     "GraphPlan",
     "LinearWriter",
     "Select",
+    "input_names",
     "linear_shapes",
     "norm_before",
     "output_names",
@@ -48,6 +50,10 @@ __all__ = [
 
 PLAN_KEY = "qingyu.plan"
 INPUTS = ("input_ids", "attention_mask")
+TOKEN_TYPES = "token_type_ids"
+MASK_POSITIONS = "mask_positions"
+WORDS = "embeddings.word_embeddings"
+TYPES = "embeddings.token_type_embeddings.weight"
 
 Weights = NDArray[np.float32]
 P = TypeVar("P")
@@ -61,7 +67,7 @@ class GraphPlan:
 
     ``padding_id`` is ``None`` where positions are counted from 0 (BERT), and otherwise the token id that
     positions skip, counting from that id + 1 (RoBERTa). ``head`` names the activation of each Dense layer
-    after pooling, ``identity`` or ``tanh``.
+    after pooling, ``identity`` or ``tanh``. With a ``task_head`` there is no pooling.
     """
 
     architecture: Architecture
@@ -69,6 +75,7 @@ class GraphPlan:
     hidden_states: bool = False
     padding_id: int | None = None
     head: tuple[str, ...] = ()
+    task_head: TaskHead | None = None
 
 
 class LinearWriter(Protocol[P]):
@@ -89,6 +96,13 @@ class LinearWriter(Protocol[P]):
         """The rows of an embedding ``table`` (entries, hidden) that ``select`` takes: (..., hidden)."""
         ...
 
+    def decode(self, graph: GraphBuilder, prepared: P, name: str, table: Weights, bias: Weights) -> str:
+        """``activation @ table.T + bias``, (n, entries), with the ``table`` that ``lookup`` has stored by ``name``.
+
+        Nothing of the table is stored again. The bias is named ``<name>.bias``.
+        """
+        ...
+
 
 class FloatLinear:
     """Linear layers in FP32, as the checkpoint has them."""
@@ -105,6 +119,11 @@ class FloatLinear:
     def lookup(self, graph: GraphBuilder, name: str, table: Weights, select: Select) -> str:
         """Rows of the table as it is."""
         return select(graph.weight(f"{name}.weight", table))
+
+    def decode(self, graph: GraphBuilder, prepared: str, name: str, table: Weights, bias: Weights) -> str:
+        """A Gemm that reads the table row by row."""
+        inputs = [prepared, f"{name}.weight", graph.weight(f"{name}.bias", bias)]
+        return graph.node("Gemm", inputs, attributes={"transB": 1})
 
 
 def weight_shapes(sizes: Architecture) -> dict[str, tuple[int, ...]]:
@@ -145,26 +164,35 @@ def norm_before(layer: int) -> str:
     return f"encoder.layer.{layer - 1}.output" if layer else "embeddings"
 
 
+_HEADS = ("head.", "task_head.")
+
+
 class FoldedWeights(Mapping[str, Weights]):
     """A checkpoint's weights as ``write_graph`` wants them, computed when asked for.
 
     Linear weights are turned to (in, out); the query's weight and bias are divided by sqrt(head size);
-    row 0 of the token types is added to every position. Everything else is passed through.
+    row 0 of the token types is added to every position. With ``token_types`` their table holds what each type
+    differs from type 0. Everything else is passed through.
     """
 
-    def __init__(self, sizes: Architecture, checkpoint: Mapping[str, Weights]) -> None:
+    def __init__(
+        self, sizes: Architecture, checkpoint: Mapping[str, Weights], *, token_types: bool = False
+    ) -> None:
         self._checkpoint = checkpoint
         self._scale = np.float32((sizes.hidden_size // sizes.heads) ** -0.5)
         self._linear = {f"{name}.weight" for n in range(sizes.layers) for name in linear_shapes(sizes, n)}
-        self._names = [*weight_shapes(sizes), *(name for name in checkpoint if name.startswith("head."))]
+        self._names = [*weight_shapes(sizes), *(name for name in checkpoint if name.startswith(_HEADS))]
+        self._names += [TYPES] if token_types else []
 
     def __getitem__(self, name: str) -> Weights:
         if name not in self._names:
             raise KeyError(name)
         weight = self._checkpoint[name]
         if name == "embeddings.position_embeddings.weight":
-            weight = np.add(weight, self._checkpoint["embeddings.token_type_embeddings.weight"][0])
-        if name in self._linear or (name.startswith("head.") and name.endswith(".weight")):
+            weight = np.add(weight, self._checkpoint[TYPES][0])
+        if name == TYPES:
+            weight = np.subtract(weight, weight[0])
+        if name in self._linear or (name.startswith(_HEADS) and name.endswith(".weight")):
             weight = np.ascontiguousarray(weight.T)
         return np.multiply(weight, self._scale) if ".attention.self.query." in name else weight
 
@@ -178,7 +206,21 @@ class FoldedWeights(Mapping[str, Weights]):
 def output_names(plan: GraphPlan) -> tuple[str, ...]:
     """The outputs of the graph, in order."""
     hidden = (f"hidden_state_{n}" for n in range(plan.architecture.layers + 1)) if plan.hidden_states else ()
-    return ("token_states", "pooled", *hidden)
+    return ("token_states", "pooled" if plan.task_head is None else LOGITS[plan.task_head.task], *hidden)
+
+
+def input_names(head: TaskHead | None) -> tuple[str, ...]:
+    """The inputs of a graph with this head, in order."""
+    return tuple(_input_shapes(head))
+
+
+def _input_shapes(head: TaskHead | None) -> dict[str, tuple[str, ...]]:
+    shapes: dict[str, tuple[str, ...]] = dict.fromkeys(INPUTS, ("rows", "tokens"))
+    if head is not None and head.token_types:
+        shapes[TOKEN_TYPES] = ("rows", "tokens")
+    if head is not None and head.task == "fill-mask":
+        shapes[MASK_POSITIONS] = ("masks",)
+    return shapes
 
 
 def write_graph(
@@ -189,14 +231,19 @@ def write_graph(
     domains: tuple[str, ...] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> bytes:
-    """The serialized graph of an encoder with pooling.
+    """The serialized graph of an encoder with pooling, or with the head of a task.
 
     ``weights`` are folded (``FoldedWeights`` or ``read_weights``). Inputs ``input_ids`` and
     ``attention_mask``, int64 (rows, tokens), padding on the right and at least one token a row. Outputs
     float32: ``token_states`` (rows, tokens, hidden), ``pooled`` (rows, dim) which is not normalized, and
     with ``plan.hidden_states`` ``hidden_state_0`` (the embedding) to ``hidden_state_<layers>`` (equal to
-    ``token_states``). ``domains`` names the operator sets that ``linear`` uses beside the standard one.
-    ``progress`` is called with the number of layers written and their total.
+    ``token_states``). With ``plan.task_head`` there are instead of ``pooled`` the logits of the task: ``logits``
+    (rows, labels), ``token_logits`` (rows, tokens, labels) or ``mask_logits`` (masks, vocabulary), the last for
+    the input ``mask_positions`` (masks,), positions in the rows put one after the other: only those states reach
+    the head. ``token_type_ids`` (rows, tokens) is an input where the plan says so.
+
+    ``domains`` names the operator sets that ``linear`` uses beside the standard one. ``progress`` is called with the
+    number of layers written and their total.
 
     A LayerNormalization whose state linear layers and the residual share may be moved and scaled for the sake of
     the former: with ``<name>.LayerNorm.scales`` and ``.shift`` (hidden,) in ``weights`` it gives
@@ -212,12 +259,11 @@ def write_graph(
         states.append(state)
         if progress is not None:
             progress(layer + 1, plan.architecture.layers)
-    dim = writer.outputs(states)
+    result = writer.outputs(states)
     hidden = ("rows", "tokens", plan.architecture.hidden_size)
-    shapes: dict[str, tuple[str | int, ...]] = dict.fromkeys(output_names(plan), hidden)
-    shapes["pooled"] = ("rows", dim)
+    shapes: dict[str, tuple[str | int, ...]] = dict.fromkeys(output_names(plan), hidden) | result
     metadata = {PLAN_KEY: json.dumps(dataclasses.asdict(plan), sort_keys=True)}
-    return graph.finish(dict.fromkeys(INPUTS, ("rows", "tokens")), shapes, metadata=metadata, domains=domains)
+    return graph.finish(_input_shapes(plan.task_head), shapes, metadata=metadata, domains=domains)
 
 
 class _Encoder:
@@ -290,10 +336,11 @@ class _Encoder:
     def embedding(self) -> str:
         """The state before the first layer."""
         graph = self.graph
-        words = self._lookup(
-            "embeddings.word_embeddings", lambda table: graph.node("Gather", [table, "input_ids"])
-        )
+        words = self._lookup(WORDS, lambda table: graph.node("Gather", [table, "input_ids"]))
         state = self.graph.node("Add", [words, self._positions()])
+        if self.plan.task_head is not None and self.plan.task_head.token_types:
+            types = graph.node("Gather", [self._add(TYPES), TOKEN_TYPES])
+            state = graph.node("Add", [state, types])
         return self.graph.node("Reshape", [self._norm(state, "embeddings"), self.flat])
 
     def layer(self, number: int, state: str) -> str:
@@ -327,16 +374,56 @@ class _Encoder:
         split = self.graph.node("Reshape", [self._linear(prepared, name), self.by_head])
         return self.graph.node("Transpose", [split], attributes={"perm": perm})
 
-    def outputs(self, states: list[str]) -> int:
-        """Write the named outputs from the states after each layer; the result is ``dim``."""
+    def outputs(self, states: list[str]) -> dict[str, tuple[str | int, ...]]:
+        """Write the named outputs from the states after each layer; name and shape of the one beside states."""
         graph, plan = self.graph, self.plan
         graph.node("Reshape", [states[-1], self.by_row], output="token_states")
         if plan.hidden_states:
             for number, state in enumerate(states):
                 whole = self._restored(state, norm_before(number))
                 graph.node("Reshape", [whole, self.by_row], output=f"hidden_state_{number}")
+        if plan.task_head is not None:
+            return self._task_head(plan.task_head, states[-1])
         pooled = write_pooling(graph, plan.pooling, "token_states", "attention_mask")
-        return write_head(graph, plan.head, self.weights, pooled, plan.architecture.hidden_size)
+        dim = write_head(graph, plan.head, self.weights, pooled, plan.architecture.hidden_size)
+        return {"pooled": ("rows", dim)}
+
+    def _task_head(self, head: TaskHead, states: str) -> dict[str, tuple[str | int, ...]]:
+        graph, output = self.graph, LOGITS[head.task]
+        chosen, axes = self._chosen(output, states)
+        if head.activation is not None:
+            chosen = ACTIVATIONS[head.activation](graph, self._only(chosen, "task_head.dense"))
+        if head.norm:
+            chosen = self._norm(chosen, "task_head")
+        logits = self._head_output(head, chosen)
+        if output == "token_logits":
+            shape = graph.node(
+                "Concat", [graph.node("Shape", ["input_ids"]), graph.ints(-1)], attributes={"axis": 0}
+            )
+            graph.node("Reshape", [logits, shape], output=output)
+        else:
+            graph.node("Identity", [logits], output=output)
+        return {output: (*axes, head.labels)}
+
+    def _chosen(self, output: str, states: str) -> tuple[str, tuple[str, ...]]:
+        """The states that a head reads, (n, hidden), and the names of the axes before the logits."""
+        graph = self.graph
+        if output == "mask_logits":
+            return graph.node("Gather", [states, MASK_POSITIONS]), ("masks",)
+        if output == "logits":
+            return write_pooling(graph, "cls", "token_states", "attention_mask"), ("rows",)
+        return states, ("rows", "tokens")
+
+    def _head_output(self, head: TaskHead, state: str) -> str:
+        """The last layer. That of a few labels stays FP32: its weights are nothing, its rounding errors are not."""
+        name = "task_head.output"
+        bias = self.weights[f"{name}.bias"]
+        if head.tied:
+            prepared = self.linear.prepare(self.graph, state, [name])
+            return self.linear.decode(self.graph, prepared, WORDS, self.weights[f"{WORDS}.weight"], bias)
+        if head.task == "fill-mask":
+            return self._only(state, name)
+        return FloatLinear().apply(self.graph, state, name, self.weights[f"{name}.weight"], bias)
 
 
 def write_head(
@@ -401,17 +488,24 @@ def read_weights(path: Path) -> dict[str, Weights]:
     import onnx
 
     model = _load(path)
-    sizes = _plan_of(model, path).architecture
+    plan = _plan_of(model, path)
     found = {
         tensor.name: onnx.numpy_helper.to_array(tensor)
         for tensor in model.graph.initializer
         if "." in tensor.name and tensor.data_type == FLOAT
     }
-    for name, shape in weight_shapes(sizes).items():
+    if plan.task_head is not None and plan.task_head.tied:  # stored as the bias of the table
+        found["task_head.output.bias"] = found.get(f"{WORDS}.bias", np.empty(0, dtype=np.float32))
+    for name, shape in _folded_shapes(plan).items():
         if name not in found or found[name].shape != shape:
             shown = f"shape {found[name].shape}" if name in found else "no such weight"
             raise _not_ours(path, f"{name} of shape {shape}", shown)
     return found
+
+
+def _folded_shapes(plan: GraphPlan) -> dict[str, tuple[int, ...]]:
+    head = {} if plan.task_head is None else head_shapes(plan.task_head, plan.architecture)
+    return weight_shapes(plan.architecture) | head
 
 
 def read_plan(path: Path) -> GraphPlan:
@@ -437,6 +531,8 @@ def _plan_of(model: onnx.ModelProto, path: Path) -> GraphPlan:
         document = json.loads(stored)
         document["architecture"] = Architecture(**document["architecture"])
         document["head"] = tuple(document["head"])
+        if document.get("task_head") is not None:
+            document["task_head"] = TaskHead(**document["task_head"])
         plan = GraphPlan(**document)
     except (ValueError, TypeError, KeyError) as error:
         raise _not_ours(path, f"valid metadata {PLAN_KEY}", str(error)) from None

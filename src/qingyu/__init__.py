@@ -16,16 +16,36 @@ from typing import TYPE_CHECKING, Any
 from qingyu import errors
 
 if TYPE_CHECKING:
+    from qingyu.runtime.classifier import Classifier
     from qingyu.runtime.embedder import Embedder
+    from qingyu.runtime.fill_mask import FillMask
+    from qingyu.runtime.question_answerer import QuestionAnswerer
+    from qingyu.runtime.reranker import Reranker
     from qingyu.runtime.spec import ModelSpec
+    from qingyu.runtime.token_classifier import TokenClassifier
 
-__all__ = ["Embedder", "ModelSpec", "__version__", "errors"]
+__all__ = [
+    "Classifier",
+    "Embedder",
+    "FillMask",
+    "ModelSpec",
+    "QuestionAnswerer",
+    "Reranker",
+    "TokenClassifier",
+    "__version__",
+    "errors",
+]
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Classifier": "qingyu.runtime.classifier",
     "Embedder": "qingyu.runtime.embedder",
+    "FillMask": "qingyu.runtime.fill_mask",
     "ModelSpec": "qingyu.runtime.spec",
+    "QuestionAnswerer": "qingyu.runtime.question_answerer",
+    "Reranker": "qingyu.runtime.reranker",
+    "TokenClassifier": "qingyu.runtime.token_classifier",
 }
 
 

@@ -13,21 +13,44 @@ from typing import TextIO
 from qingyu import __version__
 from qingyu.cli import (
     adapt,
+    answer,
     bundle,
     cache,
+    classify,
     doctor,
     embed,
     export,
+    fill_mask,
     info,
     pull,
     quantize,
+    rerank,
     similarity,
+    tag,
     unbundle,
     verify,
 )
 from qingyu.errors import QingyuError
 
-COMMANDS = (embed, similarity, pull, export, quantize, verify, adapt, info, doctor, cache, bundle, unbundle)
+COMMANDS = (
+    embed,
+    similarity,
+    fill_mask,
+    classify,
+    tag,
+    answer,
+    rerank,
+    pull,
+    export,
+    quantize,
+    verify,
+    adapt,
+    info,
+    doctor,
+    cache,
+    bundle,
+    unbundle,
+)
 
 EXIT_CODES = """\
 exit codes:

@@ -14,8 +14,18 @@ from qingyu.errors import InvalidOptionError
 if TYPE_CHECKING:
     from qingyu.quantize.certificate import Certificate
     from qingyu.quantize.evaluation import RetrievalSet, SimilaritySet
+    from qingyu.quantize.tasks import TaskCertificate
 
-__all__ = ["add_gate", "add_measuring", "as_text", "retrieval_sets", "similarity_sets", "texts_of"]
+__all__ = [
+    "add_gate",
+    "add_measuring",
+    "as_text",
+    "refuse_embedding_options",
+    "retrieval_sets",
+    "similarity_sets",
+    "task_as_text",
+    "texts_of",
+]
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +69,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
 
 
 def add_gate(parser: argparse.ArgumentParser) -> None:
-    """Add --min-cosine and --min-worst-cosine."""
+    """Add --min-cosine, --min-worst-cosine and --min-agreement."""
     parser.add_argument(
         "--min-cosine",
         type=_cosine,
@@ -73,6 +83,14 @@ def add_gate(parser: argparse.ArgumentParser) -> None:
         default=0.97,
         metavar="X",
         help="least cosine of the worst text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-agreement",
+        type=_cosine,
+        default=0.95,
+        metavar="X",
+        help="of models with a head (fill-mask, classification and so on): least share of decisions that are the "
+        "same as in FP32 (default: %(default)s)",
     )
 
 
@@ -111,6 +129,25 @@ def similarity_sets(options: argparse.Namespace) -> list[SimilaritySet]:
     from qingyu.quantize.evaluation import SimilaritySet
 
     return [SimilaritySet.read(path) for path in options.similarity]
+
+
+def refuse_embedding_options(options: argparse.Namespace, task: str) -> None:
+    """Raise ``InvalidOptionError`` for what is measured on embeddings only."""
+    given = [name for name in ("retrieval", "similarity", "report") if getattr(options, name, None)]
+    if given:
+        raise InvalidOptionError(
+            f"--{given[0]}",
+            expected="a model for embeddings",
+            found=f"one for {task}",
+            remedy="Leave the option out.",
+        )
+
+
+def task_as_text(certificate: TaskCertificate) -> str:
+    """The certificate of a model with a head, a line for each figure."""
+    from qingyu.quantize.tasks import task_rows
+
+    return facts(dict(task_rows(certificate)))
 
 
 def as_text(certificate: Certificate) -> str:

@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qingyu.runtime.embedder import Embedder, Report
 
-BUNDLED = "qingyu-mini-zh"  # qingyu.runtime.embedder's (a test compares), not imported to print a help page
+BUNDLED = "qingyu-mini-zh"  # qingyu.runtime.task's (a test compares), not imported to print a help page
 
-__all__ = ["BUNDLED", "add_model_arguments", "new_command", "open_embedder", "print_report"]
+__all__ = [
+    "BUNDLED",
+    "add_model_arguments",
+    "add_opening_arguments",
+    "new_command",
+    "open_embedder",
+    "opening",
+    "print_report",
+]
 
 
 def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:  # noqa: ANN401
@@ -27,14 +35,27 @@ def new_command(commands: Any, name: str, summary: str, example: str) -> argpars
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --model and the options of ``Embedder.open``."""
+    """Add --model and the options of ``Embedder.open``, and --prompt."""
+    add_opening_arguments(parser, default=BUNDLED)
+    parser.add_argument("--prompt", metavar="P", help="query, passage, or the text to put before each input")
+    parser.add_argument(
+        "--special-tokens",
+        choices=("parse", "text"),
+        default="parse",
+        help="whether a typed [MASK] is the special token, as in the reference, or plain text",
+    )
+
+
+def add_opening_arguments(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Add --model, required where there is no default, and the options that models of every task are opened with."""
+    text = "a model folder, or a name in $QINGYU_HOME"
     parser.add_argument(
         "--model",
-        default=BUNDLED,
+        default=default,
+        required=default is None,
         metavar="FOLDER",
-        help="a model folder, or a name in $QINGYU_HOME (default: %(default)s, which travels in the package)",
+        help=text if default is None else f"{text} (default: {default}, which travels in the package)",
     )
-    parser.add_argument("--prompt", metavar="P", help="query, passage, or the text to put before each input")
     parser.add_argument(
         "--profile",
         choices=("throughput", "latency", "edge"),
@@ -45,12 +66,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory-mb", type=int, metavar="MB", help="resident memory that the process may reach"
     )
-    parser.add_argument(
-        "--special-tokens",
-        choices=("parse", "text"),
-        default="parse",
-        help="whether a typed [MASK] is the special token, as in the reference, or plain text",
-    )
     parser.add_argument("--nfkc", action="store_true", help="fold full-width and compatibility forms first")
 
 
@@ -58,22 +73,25 @@ def open_embedder(options: argparse.Namespace) -> Embedder:
     """The embedder that the arguments of ``add_model_arguments`` describe."""
     from qingyu.runtime.embedder import Embedder
 
-    return Embedder.open(
-        options.model,
-        profile=options.profile,
-        threads=options.threads,
-        max_memory_mb=options.max_memory_mb,
-        special_tokens=options.special_tokens,
-        unicode_form="NFKC" if options.nfkc else None,
-    )
+    return Embedder.open(options.model, special_tokens=options.special_tokens, **opening(options))
 
 
-def print_report(report: Report, max_tokens: int) -> None:
+def opening(options: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments of ``add_opening_arguments`` say, by the names that ``open`` gives them."""
+    return {
+        "profile": options.profile,
+        "threads": options.threads,
+        "max_memory_mb": options.max_memory_mb,
+        "unicode_form": "NFKC" if options.nfkc else None,
+    }
+
+
+def print_report(report: Report, max_tokens: int, *, refusable: bool = True) -> None:
     """Say on standard error what was cut or unknown; nothing where all was read."""
     if report.truncated:
+        remedy = " (--long-text error refuses them)" if refusable else ""
         print(
-            f"{report.truncated:,} of {report.texts:,} texts were cut at {max_tokens} tokens "
-            "(--long-text error refuses them)",
+            f"{report.truncated:,} of {report.texts:,} texts were cut at {max_tokens} tokens{remedy}",
             file=sys.stderr,
         )
     report.warn()

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from qingyu.cli.certificate import as_text
+from qingyu.cli.certificate import as_text, task_as_text
 from qingyu.cli.common import BUNDLED, new_command
 from qingyu.cli.table import facts
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from qingyu.runtime.spec import ModelSpec
 
 __all__ = ["add", "run"]
+
+SHOWN_LABELS = 20
 
 
 def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers type
@@ -41,21 +43,39 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(facts(_facts(spec)))
     if spec.certificate is not None:
-        from qingyu.quantize.certificate import Certificate
-
-        print(f"\n{as_text(Certificate.from_json(spec.certificate))}")
+        print(f"\n{_certificate(spec)}")
     return 0
+
+
+def _certificate(spec: ModelSpec) -> str:
+    if spec.task != "embedding":
+        from qingyu.quantize.tasks import TaskCertificate
+
+        return task_as_text(TaskCertificate.from_json(spec.certificate))
+    from qingyu.quantize.certificate import Certificate
+
+    return as_text(Certificate.from_json(spec.certificate))
+
+
+def _gives(spec: ModelSpec) -> dict[str, object]:
+    """What comes out: vectors, labels or words."""
+    if spec.task == "embedding":
+        length = "length 1" if spec.normalize else "not normalized"
+        return {"vectors": f"{spec.dim} dimensions, {spec.pooling} pooling, {length}"}
+    if spec.task == "fill-mask":
+        return {"words": f"{spec.architecture.vocab_size:,}"}
+    shown = ", ".join(spec.labels[:SHOWN_LABELS]) + (", …" if len(spec.labels) > SHOWN_LABELS else "")
+    return {"labels": f"{len(spec.labels)}: {shown}", "scores": spec.scores}
 
 
 def _facts(spec: ModelSpec) -> dict[str, object]:
     sizes = spec.architecture
     layers = f"{sizes.layers} layers, hidden {sizes.hidden_size}, {sizes.heads} heads"
-    length = "length 1" if spec.normalize else "not normalized"
     return {
         "name": spec.name,
         "task": spec.task,
         "model": f"{sizes.model_type}: {layers}, vocabulary {sizes.vocab_size:,}",
-        "vectors": f"{spec.dim} dimensions, {spec.pooling} pooling, {length}",
+        **_gives(spec),
         "reads": f"at most {spec.max_tokens} tokens, {'lower-cased' if spec.lowercase else 'case kept'}",
         "prompts": dict(spec.prompts) or "none",
         "default prompt": spec.default_prompt or "none",

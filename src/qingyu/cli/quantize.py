@@ -8,12 +8,22 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qingyu.cli.certificate import add_gate, add_measuring, as_text, retrieval_sets, similarity_sets, texts_of
+from qingyu.cli.certificate import (
+    add_gate,
+    add_measuring,
+    as_text,
+    refuse_embedding_options,
+    retrieval_sets,
+    similarity_sets,
+    task_as_text,
+    texts_of,
+)
 from qingyu.cli.common import new_command
 from qingyu.cli.text_input import read_texts
 
 if TYPE_CHECKING:
     from qingyu.quantize import Outcome
+    from qingyu.quantize.tasks import TaskOutcome
 
 __all__ = ["add", "run"]
 
@@ -72,7 +82,11 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
 def run(options: argparse.Namespace) -> int:
     """Quantize, and print the certificate."""
     from qingyu.quantize import Gate, quantize
+    from qingyu.runtime.spec import read_spec
 
+    task = read_spec(options.model).task
+    if task != "embedding":
+        return _run_task(options, task)
     outcome = quantize(
         options.model,
         options.output,
@@ -95,6 +109,37 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(_described(outcome, options))
     return 0
+
+
+def _run_task(options: argparse.Namespace, task: str) -> int:
+    from qingyu.quantize import TaskGate, quantize_task
+
+    refuse_embedding_options(options, task)
+    outcome = quantize_task(
+        options.model,
+        options.output,
+        recipe=options.recipe,
+        texts=texts_of(options),
+        calibration=_calibration(options.calibration),
+        gate=TaskGate(options.min_agreement),
+        weight_bits=options.weight_bits,
+        edge=options.edge,
+        fallback=options.fallback,
+        speed_rounds=options.speed_rounds,
+        overwrite=options.overwrite,
+    )
+    if options.json:
+        print(json.dumps(outcome.spec.certificate, ensure_ascii=False))
+    else:
+        print(_task_described(outcome, options))
+    return 0
+
+
+def _task_described(outcome: TaskOutcome, options: argparse.Namespace) -> str:
+    spec = outcome.spec
+    over = [f"passed over {name}: {reason}" for name, reason in outcome.passed_over]
+    made = f"{options.output}: {spec.name}, {spec.recipe}, {spec.files[spec.graph].bytes / 1e6:.1f} MB"
+    return "\n".join([*over, made, "", task_as_text(outcome.certificate)])
 
 
 def _calibration(source: str | None) -> list[str] | None:

@@ -7,7 +7,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qingyu.cli.certificate import add_gate, add_measuring, as_text, retrieval_sets, similarity_sets, texts_of
+from qingyu.cli.certificate import (
+    add_gate,
+    add_measuring,
+    as_text,
+    refuse_embedding_options,
+    retrieval_sets,
+    similarity_sets,
+    task_as_text,
+    texts_of,
+)
 from qingyu.cli.common import new_command
 from qingyu.errors import FidelityError
 
@@ -39,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
     from qingyu.runtime.spec import read_spec
 
     spec = read_spec(options.model)
+    if spec.task != "embedding":
+        return _run_task(options, spec.task)
     texts = texts_of(options)
     certificate = verify(
         options.model,
@@ -57,6 +68,27 @@ def run(options: argparse.Namespace) -> int:
         raise FidelityError(
             f"{options.model} is too far from FP32",
             expected=f"a mean cosine of {options.min_cosine:g}, {options.min_worst_cosine:g} at worst",
+            found=missed,
+            remedy="Quantize again with a more faithful recipe.",
+        )
+    return 0
+
+
+def _run_task(options: argparse.Namespace, task: str) -> int:
+    from qingyu.quantize import TaskGate, verify_task
+
+    refuse_embedding_options(options, task)
+    certificate = verify_task(
+        options.model, options.against, texts_of(options), speed_rounds=options.speed_rounds
+    )
+    print(
+        json.dumps(certificate.to_json(), ensure_ascii=False) if options.json else task_as_text(certificate)
+    )
+    missed = TaskGate(options.min_agreement).missed(certificate)
+    if missed:
+        raise FidelityError(
+            f"{options.model} is too far from FP32",
+            expected=f"the same decision in {options.min_agreement:.0%} of cases",
             found=missed,
             remedy="Quantize again with a more faithful recipe.",
         )

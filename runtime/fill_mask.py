@@ -1,0 +1,501 @@
+"""Fill-mask: which words fit where a text says ``[MASK]``, and how likely a text or a candidate is.
+
+Only the states of masked tokens reach the head of the graph. Several masks in a text are predicted independently of
+each other, as transformers' pipeline does. Not here: exporting a checkpoint (``qingyu export --task fill-mask``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qingyu.errors import (
+    DataFileError,
+    InvalidOptionError,
+    InvalidTextError,
+    TextTooLongError,
+    TokenizerError,
+)
+from qingyu.runtime.batching import ItemBatcher, windows
+from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.memory import Plan
+from qingyu.runtime.onnxruntime_engine import Profile
+from qingyu.runtime.scores import log_softmax
+from qingyu.runtime.selfcheck import CheckedEngine
+from qingyu.runtime.spec import ModelSpec, Task
+from qingyu.runtime.task import OpenOptions, Report, TaskModel, listed
+from qingyu.runtime.tokenizer import EncodedText, Tokenizer
+
+__all__ = ["FillMask", "FilledText", "GoldenFill", "Prediction", "check_golden"]
+
+OUTPUT = "mask_logits"
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One word for one mask.
+
+    ``token`` is the word, ``id`` its number in the vocabulary (of its first token, where it has several). ``score``
+    is its probability; of a word of several tokens the product of their probabilities, each of them masked in turn.
+    ``text`` is the caller's text with the word in the mask's place.
+    """
+
+    token: str
+    id: int
+    score: float
+    text: str
+
+
+@dataclass(frozen=True)
+class FilledText:
+    """A text, and for each of its masks in order the predictions, best first."""
+
+    text: str
+    masks: tuple[tuple[Prediction, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row to run: of the positions ``chosen`` the probabilities of the ids ``wanted``, or the ``top`` best."""
+
+    ids: Ids
+    chosen: tuple[int, ...]
+    top: int = 0
+    wanted: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """A text with masks: its token ids, where the masks are among them, and the text around the masks."""
+
+    content: list[int]
+    masks: tuple[int, ...]
+    parts: list[str]
+    unknown: int
+    truncated: bool
+
+    def with_word(self, mask: int, word: str, token: str) -> str:
+        """The text with ``word`` in the place of one mask; the others stand."""
+        return token.join(self.parts[: mask + 1]) + word + token.join(self.parts[mask + 1 :])
+
+
+class _Candidate(NamedTuple):
+    word: str
+    ids: tuple[int, ...]
+
+
+class _Scored(NamedTuple):
+    """A word's ids and log-probability, and how the caller wrote it; ``None`` is an entry of the vocabulary."""
+
+    ids: tuple[int, ...]
+    log: float
+    word: str | None
+
+
+class _Best(NamedTuple):
+    """Ids and their log-probabilities, float64, for one mask."""
+
+    ids: tuple[int, ...]
+    logs: NDArray[np.float64]
+
+
+class FillMask(TaskModel):
+    """Predicts the words behind ``[MASK]`` with one model; thread-safe, fork-safe, and a context manager.
+
+    Open one with ``FillMask.open``. The graph is loaded when first needed; ``close()`` frees it.
+    """
+
+    TASK: ClassVar[Task] = "fill-mask"
+
+    def __init__(
+        self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
+    ) -> None:
+        super().__init__(folder, spec, tokenizer, engine, steps)
+        mask = tokenizer.mask_token
+        if mask is None:
+            raise TokenizerError(
+                f"the tokenizer of {spec.name} has no mask",
+                expected="a token [MASK] or <mask>",
+                found="neither",
+                remedy="Export a checkpoint that was trained with one.",
+            )
+        #: What stands for a missing word in a text: ``[MASK]``, or ``<mask>`` in models of the RoBERTa kind.
+        self.mask_token = mask
+        number = tokenizer.id_of(mask)
+        assert number is not None  # mask_token is a token of the vocabulary
+        self._mask_id = number
+        self._batcher: ItemBatcher[_Row, list[_Best]] = ItemBatcher(
+            workers=self._workers, token_budget=steps.token_budget, run=self._run
+        )
+
+    @classmethod
+    def open(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        profile: Profile = "throughput",
+        threads: int | None = None,
+        max_memory_mb: int | None = None,
+        unicode_form: Literal["NFKC"] | None = None,
+        self_check: bool = True,
+    ) -> FillMask:
+        """The model of a folder that was exported for fill-mask; options and errors are those of ``Embedder.open``.
+
+        ``UnsupportedModelError`` for a model folder of another task.
+        """
+        options = OpenOptions(profile, threads, max_memory_mb, "parse", unicode_form, self_check)
+        return cls._opened(name_or_folder, options)
+
+    def fill(
+        self,
+        texts: str | Iterable[str],
+        *,
+        top_k: int = 5,
+        candidates: Sequence[str] | None = None,
+        report: Report | None = None,
+    ) -> list[FilledText]:
+        """For each text, and each mask in it, the ``top_k`` likeliest words, or the best ``top_k`` ``candidates``.
+
+        Scores are probabilities over the whole vocabulary, also with candidates. A candidate of several tokens is
+        put in place of the mask, and its score is exp of its pseudo-log-likelihood (Salazar et al. 2020, "Masked
+        Language Model Scoring"): the sum of log-probabilities of its tokens, each masked in turn while the others
+        stand. Tokens of one word predict each other, so such scores favour long words over short ones; compare
+        words of one length. Other masks of the text stay masked.
+
+        Raises ``InvalidTextError`` for a text without a mask, ``TextTooLongError`` where a mask, or a candidate in
+        its place, is beyond the tokens that the model reads, and ``InvalidOptionError`` for a candidate that the
+        vocabulary does not know.
+        """
+        return list(self.fill_stream(listed(texts), top_k=top_k, candidates=candidates, report=report))
+
+    def fill_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        top_k: int = 5,
+        candidates: Sequence[str] | None = None,
+        report: Report | None = None,
+    ) -> Iterator[FilledText]:
+        """The same for an iterable of any length, in bounded memory."""
+        counted = Report() if report is None else report
+        _check_top_k(top_k)
+        words = None if candidates is None else self._candidates(candidates)
+
+        def encoded() -> Iterator[tuple[_Window, list[_Row]]]:
+            for window in windows(texts):
+                first = counted.texts
+                found = [self._masked(text, first + n) for n, text in enumerate(window)]
+                counted.add([EncodedText(self._ids(m), m.unknown, m.truncated) for m in found])
+                rows = [self._rows(masked, first + n, top_k, words) for n, masked in enumerate(found)]
+                yield _Window(window, found, [len(own) for own in rows]), [row for own in rows for row in own]
+
+        for window, results in self._batcher.run_windows(encoded()):
+            yield from self._filled(window, results, top_k, words)
+        counted.warn()
+
+    def pseudo_log_likelihood(self, texts: str | Iterable[str]) -> NDArray[np.float64]:
+        """How likely each text is as a whole, natural logarithm, float64 (n,): Salazar et al. 2020, PLL.
+
+        The sum over the text's tokens of each one's log-probability while it alone is masked; as many rows are run
+        as there are tokens. 0 for a text without any. Raises ``TextTooLongError`` for more than the model reads,
+        and ``InvalidTextError`` for a text that has a mask itself.
+        """
+        totals: list[float] = []
+
+        def encoded() -> Iterator[tuple[list[int], list[_Row]]]:
+            for window in windows(listed(texts)):
+                first = len(totals)
+                rows = [self._each_masked(text, first + n) for n, text in enumerate(window)]
+                yield [len(own) for own in rows], [row for own in rows for row in own]
+
+        for counts, results in self._batcher.run_windows(encoded()):
+            logs = iter(results)
+            totals += [sum(float(next(logs)[0].logs[0]) for _ in range(count)) for count in counts]
+        return np.array(totals, dtype=np.float64)
+
+    def mask_logits(self, batch: TokenBatch) -> Floats:
+        """The graph's own numbers, float32 (masks, vocabulary), for the positions ``batch.chosen``."""
+        return self._engine.run(batch, (OUTPUT,))[0]
+
+    def _run(self, rows: Sequence[_Row]) -> list[list[_Best]]:
+        """What each row asks for, from one micro-batch."""
+        batch = TokenBatch.pad(
+            [row.ids for row in rows], self._tokenizer.pad_id, chosen=[row.chosen for row in rows]
+        )
+        logits = self.mask_logits(batch)
+        results, start = [], 0
+        for row in rows:
+            own = logits[start : start + len(row.chosen)]
+            # One at a time: a vocabulary in float64 is 170 kB, and 2 MB in XLM-R.
+            results.append([_chosen(log_softmax(values), row, n) for n, values in enumerate(own)])
+            start += len(row.chosen)
+        return results
+
+    def _ids(self, masked: _Masked) -> Ids:
+        return self._tokenizer.surrounded(masked.content)[0]
+
+    def _masked(self, text: str, number: int) -> _Masked:
+        content = self._tokenizer.content(text, name=f"text {number}")
+        parts = text.split(self.mask_token)
+        room = self._tokenizer.room
+        places = tuple(n for n, token in enumerate(content[:room]) if token == self._mask_id)
+        if len(parts) == 1:
+            raise InvalidTextError(
+                f"text {number} has no {self.mask_token}",
+                expected=f"{self.mask_token} in the place of a word",
+                found=repr(text if len(text) <= 40 else text[:37] + "..."),
+                remedy=f"Put {self.mask_token} where a word is to be predicted.",
+            )
+        if len(places) != len(parts) - 1:
+            raise TextTooLongError(
+                f"text {number} has a {self.mask_token} beyond what the model reads",
+                expected=f"every {self.mask_token} within {self.spec.max_tokens} tokens",
+                found=f"{len(places)} of {len(parts) - 1} there",
+                remedy="Cut the text around the mask.",
+            )
+        kept = content[:room]
+        unknown = self._tokenizer.unknown_id
+        count = 0 if unknown is None else kept.count(unknown)
+        return _Masked(content, places, parts, count, len(content) > room)
+
+    def _candidates(self, candidates: Sequence[str]) -> list[_Candidate]:
+        if isinstance(candidates, str) or not candidates:
+            raise InvalidOptionError(
+                "candidates",
+                expected="a list of words",
+                found=repr(candidates),
+                remedy="Leave it out to choose from the whole vocabulary.",
+            )
+        return [self._candidate(word) for word in dict.fromkeys(candidates)]
+
+    def _candidate(self, word: str) -> _Candidate:
+        known = self._tokenizer.id_of(word) if isinstance(word, str) else None
+        ids = (
+            (known,)
+            if known is not None
+            else tuple(self._tokenizer.content(word, name=f"candidate {word!r}"))
+        )
+        bad = (self._tokenizer.unknown_id, self._mask_id)
+        if not ids or any(token in bad for token in ids):
+            raise InvalidOptionError(
+                f"candidate {word!r} cannot be ranked",
+                expected="a word that the model's vocabulary can write",
+                found="no token" if not ids else f"an unknown part or {self.mask_token}",
+                remedy="Leave it out, or write it with characters that the model knows.",
+            )
+        return _Candidate(word, ids)
+
+    def _rows(
+        self, masked: _Masked, number: int, top_k: int, words: Sequence[_Candidate] | None
+    ) -> list[_Row]:
+        """The rows that a text takes: itself once, and once for each token of each long candidate at each mask."""
+        ids, before = self._tokenizer.surrounded(masked.content)
+        chosen = tuple(before + place for place in masked.masks)
+        if words is None:
+            return [_Row(ids, chosen, top=top_k)]
+        short = tuple(word.ids[0] for word in words if len(word.ids) == 1)
+        rows = [_Row(ids, chosen, wanted=(short,) * len(chosen))] if short else []
+        for place in masked.masks:
+            for word in words:
+                if len(word.ids) > 1:
+                    rows += self._word_rows(masked.content, place, word, number)
+        return rows
+
+    def _word_rows(self, content: list[int], place: int, word: _Candidate, number: int) -> list[_Row]:
+        """One row for each token of a candidate in a mask's place, that token masked."""
+        if place + len(word.ids) > self._tokenizer.room:
+            raise TextTooLongError(
+                f"candidate {word.word!r} does not fit into text {number}",
+                expected=f"the candidate within {self.spec.max_tokens} tokens",
+                found=f"{len(word.ids)} tokens from position {place} on",
+                remedy="Cut the text around the mask.",
+            )
+        whole = [*content[:place], *word.ids, *content[place + 1 :]]
+        return [self._one_masked(whole, place + n) for n in range(len(word.ids))]
+
+    def _one_masked(self, content: Sequence[int], place: int) -> _Row:
+        ids, before = self._tokenizer.surrounded(content)
+        token = int(ids[before + place])
+        ids[before + place] = self._mask_id
+        return _Row(ids, (before + place,), wanted=((token,),))
+
+    def _each_masked(self, text: str, number: int) -> list[_Row]:
+        content = self._tokenizer.content(text, name=f"text {number}")
+        if self._mask_id in content:
+            raise InvalidTextError(
+                f"text {number} has a {self.mask_token}",
+                expected="a whole text",
+                found=repr(text[:40]),
+                remedy="Use fill() for texts with masks.",
+            )
+        if len(content) > self._tokenizer.room:
+            raise TextTooLongError(
+                f"text {number} is too long",
+                expected=f"at most {self.spec.max_tokens} tokens",
+                found=f"more, in {len(text):,} characters",
+                remedy="Split it.",
+            )
+        return [self._one_masked(content, place) for place in range(len(content))]
+
+    def _filled(
+        self,
+        window: _Window,
+        results: Sequence[list[_Best]],
+        top_k: int,
+        words: Sequence[_Candidate] | None,
+    ) -> Iterator[FilledText]:
+        start = 0
+        for text, masked, count in zip(window.texts, window.masked, window.rows, strict=True):
+            own = results[start : start + count]
+            start += count
+            scored = _whole(own[0]) if words is None else _ranked(own, len(masked.masks), words, top_k)
+            masks = tuple(
+                tuple(self._prediction(masked, mask, one) for one in scores)
+                for mask, scores in enumerate(scored)
+            )
+            yield FilledText(text, masks)
+
+    def _prediction(self, masked: _Masked, mask: int, one: _Scored) -> Prediction:
+        token = self._tokenizer.text_of(one.ids[0]) if one.word is None else one.word
+        text = masked.with_word(mask, token.removeprefix("##"), self.mask_token)
+        return Prediction(token, int(one.ids[0]), float(np.exp(one.log)), text)
+
+
+class _Window(NamedTuple):
+    """Consecutive texts, and how many rows each of them takes."""
+
+    texts: list[str]
+    masked: list[_Masked]
+    rows: list[int]
+
+
+def _chosen(logs: NDArray[np.float64], row: _Row, mask: int) -> _Best:
+    """What a row asks for of the log-probabilities (vocabulary,) at one of its masks."""
+    if row.wanted:
+        wanted = row.wanted[mask]
+        return _Best(wanted, logs[list(wanted)])
+    count = min(row.top, len(logs))
+    best = np.argpartition(-logs, count - 1)[:count]
+    best = best[np.lexsort((best, -logs[best]))]  # equal ones by their number
+    return _Best(tuple(best.tolist()), logs[best])
+
+
+def _whole(best: Sequence[_Best]) -> list[list[_Scored]]:
+    """For each mask the best of the whole vocabulary."""
+    return [
+        [_Scored((n,), log, None) for n, log in zip(one.ids, one.logs.tolist(), strict=True)] for one in best
+    ]
+
+
+def _ranked(
+    own: Sequence[list[_Best]], masks: int, words: Sequence[_Candidate], top_k: int
+) -> list[list[_Scored]]:
+    """For each mask the candidates with their log-scores, best first; rows are in the order of ``_rows``."""
+    rows = iter(own)
+    shared = next(rows) if any(len(word.ids) == 1 for word in words) else []
+    ranked = []
+    for mask in range(masks):
+        short = iter(shared[mask].logs.tolist() if shared else [])
+        scored: list[_Scored] = []
+        for word in words:
+            log = next(short) if len(word.ids) == 1 else sum(float(next(rows)[0].logs[0]) for _ in word.ids)
+            scored.append(_Scored(word.ids, log, word.word))
+        ranked.append(sorted(scored, key=lambda one: -one.log)[:top_k])
+    return ranked
+
+
+def _check_top_k(top_k: int) -> None:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise InvalidOptionError(
+            "top_k", expected="a number from 1 on", found=repr(top_k), remedy="Give how many words you want."
+        )
+
+
+@dataclass(frozen=True)
+class GoldenFill:
+    """How a model's fill-mask results compare with published ones.
+
+    ``predictions`` were compared; ``worst`` is the largest difference of a score; ``wrong`` are those whose word was
+    not the published one at that rank, or whose score differs by more than ``tolerance``, in words.
+    """
+
+    predictions: int
+    worst: float
+    wrong: tuple[str, ...]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every prediction is the published one."""
+        return not self.wrong
+
+
+def check_golden(
+    folder: str | os.PathLike[str], golden_file: str | os.PathLike[str], *, tolerance: float = 1e-4
+) -> GoldenFill:
+    """The fill-mask model in ``folder`` against published results: same words in the same order, scores alike.
+
+    Each line of ``golden_file`` is a JSON object with ``text``, ``mask_index`` (which of its masks) and
+    ``predictions``, best first, each with ``token`` (its number) and ``score``. Raises ``DataFileError`` for a file
+    that is not so, and what ``FillMask.open`` and ``fill`` raise.
+    """
+    rows = [_golden(line, number, golden_file) for number, line in _lines(golden_file)]
+    differences: list[float] = []
+    wrong: list[str] = []
+    with FillMask.open(folder) as model:
+        for row in rows:
+            found = model.fill(row.text, top_k=len(row.ids))[0].masks[row.mask]
+            for rank, (one, number, score) in enumerate(zip(found, row.ids, row.scores, strict=True)):
+                differences.append(abs(one.score - score))
+                if one.id != number or differences[-1] > tolerance:
+                    wrong.append(
+                        f"{row.text} rank {rank + 1}: {number} {score:.6f}, found {one.id} {one.score:.6f}"
+                    )
+    return GoldenFill(len(differences), max(differences, default=0.0), tuple(wrong), tolerance)
+
+
+class _GoldenRow(NamedTuple):
+    text: str
+    mask: int
+    ids: list[int]
+    scores: list[float]
+
+
+def _lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataFileError(
+            f"{os.fspath(path)} cannot be read",
+            expected="JSON lines in UTF-8",
+            found=str(error),
+            remedy="Name another file.",
+        ) from None
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def _golden(line: str, number: int, path: str | os.PathLike[str]) -> _GoldenRow:
+    try:
+        row: Mapping[str, Any] = json.loads(line)
+        best = row["predictions"]
+        return _GoldenRow(
+            str(row["text"]),
+            int(row["mask_index"]),
+            [int(one["token"]) for one in best],
+            [float(one["score"]) for one in best],
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataFileError(
+            f"{os.fspath(path)}, line {number} is no fill-mask result",
+            expected="text, mask_index and predictions with token and score",
+            found=f"{type(error).__name__} {error}",
+            remedy="Use the file as it was published.",
+        ) from None

@@ -1,0 +1,69 @@
+"""What classifying and reranking share: texts and pairs of texts to the scores of a head on the first token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qingyu.errors import InvalidTextError
+from qingyu.runtime.batching import ItemBatcher, windows
+from qingyu.runtime.engine import TokenBatch
+from qingyu.runtime.memory import Plan
+from qingyu.runtime.scores import SCORES
+from qingyu.runtime.selfcheck import CheckedEngine
+from qingyu.runtime.spec import ModelSpec
+from qingyu.runtime.task import Report, TaskModel
+from qingyu.runtime.tokenizer import EncodedPair, Tokenizer
+
+__all__ = ["SequenceModel", "TextOrPair"]
+
+TextOrPair: TypeAlias = str | tuple[str, str]  # a text, or a text and another
+Doubles = NDArray[np.float64]
+
+
+class SequenceModel(TaskModel):
+    """A model whose graph gives ``logits`` (rows, labels); its subclasses say what they mean."""
+
+    def __init__(
+        self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
+    ) -> None:
+        super().__init__(folder, spec, tokenizer, engine, steps)
+        self._batcher: ItemBatcher[EncodedPair, Doubles] = ItemBatcher(
+            workers=self._workers, token_budget=steps.token_budget, run=self._run
+        )
+
+    def _scored(
+        self, texts: Iterable[TextOrPair], report: Report
+    ) -> Iterator[tuple[list[TextOrPair], list[Doubles]]]:
+        """Windows of texts, each with its scores float64 (labels,)."""
+
+        def encoded() -> Iterator[tuple[list[TextOrPair], list[EncodedPair]]]:
+            for window in windows(texts):
+                found = [self._encode(text, report.texts + n) for n, text in enumerate(window)]
+                report.add(found)
+                yield window, found
+
+        return self._batcher.run_windows(encoded())
+
+    def _encode(self, text: TextOrPair, number: int) -> EncodedPair:
+        if isinstance(text, tuple):
+            if len(text) != 2:
+                raise InvalidTextError(
+                    f"text {number} is no pair",
+                    expected="a str, or a tuple of two",
+                    found=f"a tuple of {len(text)}",
+                    remedy="Pass (text, other text).",
+                )
+            return self._tokenizer.encode_pairs([text], first=number)[0]
+        alone = self._tokenizer.encode([text], first=number)[0]
+        return EncodedPair(alone.ids, np.zeros_like(alone.ids), alone.unknown, alone.truncated)
+
+    def _run(self, rows: Sequence[EncodedPair]) -> list[Doubles]:
+        batch = TokenBatch.pad(
+            [row.ids for row in rows], self._tokenizer.pad_id, types=[row.types for row in rows]
+        )
+        return list(SCORES[self.spec.scores](self._engine.run(batch, ("logits",))[0]))

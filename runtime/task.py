@@ -1,0 +1,271 @@
+"""What all tasks share: finding a model folder, opening it, reports, closing, pickling.
+
+Not here: what a task computes (``embedder``, ``fill_mask`` and the others).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from qingyu.errors import (
+    InvalidOptionError,
+    InvalidTextError,
+    ModelNotFoundError,
+    UnknownTokenWarning,
+    UnsupportedModelError,
+)
+from qingyu.runtime.batching import Workers
+from qingyu.runtime.bundle import open_bundle
+from qingyu.runtime.engine import Floats, TokenBatch
+from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
+from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
+from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
+from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
+from qingyu.runtime.tokenizer import EncodedPair, EncodedText, Tokenizer
+from qingyu.runtime.vectors import unit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["BUNDLED", "OpenOptions", "Report", "TaskModel", "find_model", "listed", "open_model"]
+
+BUNDLED = "qingyu-mini-zh"  # the model that travels in the package
+UNKNOWN_LIMIT = 0.1  # above this share of unknown tokens a result says little about its text
+
+# Task -> the module of the class that opens its models, and the class.
+OPENED_BY: Mapping[Task, tuple[str, str]] = {
+    "embedding": ("qingyu.runtime.embedder", "Embedder"),
+    "fill-mask": ("qingyu.runtime.fill_mask", "FillMask"),
+    "classification": ("qingyu.runtime.classifier", "Classifier"),
+    "tagging": ("qingyu.runtime.token_classifier", "TokenClassifier"),
+    "question-answering": ("qingyu.runtime.question_answerer", "QuestionAnswerer"),
+    "reranking": ("qingyu.runtime.reranker", "Reranker"),
+}
+
+
+@dataclass
+class Report:
+    """What a call read: pass one in, read it afterwards. ``tokens`` counts special tokens, too."""
+
+    texts: int = 0
+    tokens: int = 0
+    unknown: int = 0
+    truncated: int = 0
+
+    @property
+    def unknown_rate(self) -> float:
+        """The share of tokens that the vocabulary does not know, special tokens [CLS] and [SEP] left out."""
+        return self.unknown / max(1, self.tokens - 2 * self.texts)
+
+    def add(self, encoded: Sequence[EncodedText | EncodedPair]) -> None:
+        """Count these texts."""
+        self.texts += len(encoded)
+        self.tokens += sum(len(text.ids) for text in encoded)
+        self.unknown += sum(text.unknown for text in encoded)
+        self.truncated += sum(text.truncated for text in encoded)
+
+    def warn(self) -> None:
+        """Issue ``UnknownTokenWarning`` when more than a tenth of the tokens are unknown."""
+        if self.unknown_rate > UNKNOWN_LIMIT:
+            warnings.warn(
+                f"{self.unknown_rate:.0%} of {self.tokens - 2 * self.texts} tokens are unknown to the model's "
+                "vocabulary, so the vectors say little about these texts. Is the text Chinese, and is the model "
+                "made for it? `Embedder.tokenize(text)` shows which tokens are unknown.",
+                UnknownTokenWarning,
+                stacklevel=3,
+            )
+
+
+def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
+    """The model folder at a path, of a bundle file, or of a plain name: in ``$QINGYU_HOME/models``, or the bundled one.
+
+    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with the places, and for a
+    bundle file what ``open_bundle`` raises.
+    """
+    folder = Path(name_or_folder)
+    if folder.is_file():
+        return open_bundle(folder)
+    if folder.exists():
+        return folder
+    named = qingyu_home() / "models" / folder
+    if re.fullmatch(r"[\w.@-]+", str(name_or_folder)) and named.is_dir():
+        return named
+    bundled = Path(__file__).parent / "bundled" / BUNDLED
+    if str(name_or_folder) == BUNDLED and bundled.is_dir():
+        return bundled
+    raise ModelNotFoundError(
+        f"no model {str(name_or_folder)!r}",
+        expected=f"a model folder at that path or at {named}, or the name {BUNDLED}",
+        found="none of them",
+        remedy="Make one with `qingyu export CHECKPOINT FOLDER`, or get one with `qingyu pull NAME`.",
+    )
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How a model folder is opened; the meanings are those of ``Embedder.open``."""
+
+    profile: Profile = "throughput"
+    threads: int | None = None
+    max_memory_mb: int | None = None
+    special_tokens: Literal["parse", "text"] = "parse"
+    unicode_form: Literal["NFKC"] | None = None
+    self_check: bool = True
+
+    def check(self) -> None:
+        """Raise ``InvalidOptionError`` for what no model can be opened with."""
+        choices = (
+            ("profile", self.profile, tuple(PROFILES)),
+            ("special_tokens", self.special_tokens, ("parse", "text")),
+            ("unicode_form", self.unicode_form, (None, "NFKC")),
+        )
+        for option, value, allowed in choices:
+            if value not in allowed:
+                raise InvalidOptionError(
+                    option,
+                    expected=f"one of {', '.join(map(repr, allowed))}",
+                    found=repr(value),
+                    remedy="Use one of them.",
+                )
+        if self.max_memory_mb is not None and self.max_memory_mb < 1:
+            raise InvalidOptionError(
+                "max_memory_mb",
+                expected="at least 1",
+                found=str(self.max_memory_mb),
+                remedy="Give it in megabytes.",
+            )
+
+
+class TaskModel:
+    """One opened model folder; thread-safe, usable in a forked child, picklable, and a context manager.
+
+    The graph is loaded when first needed; ``close()`` frees it.
+    """
+
+    TASK: ClassVar[Task]
+
+    def __init__(
+        self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
+    ) -> None:
+        self.spec = spec
+        self.folder = folder
+        self.plan = steps
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._workers = Workers(steps.workers)
+        self._options = OpenOptions()
+        self._origin: Path = folder
+
+    @classmethod
+    def _opened(cls, name_or_folder: str | os.PathLike[str], options: OpenOptions) -> Self:
+        options.check()
+        folder = find_model(name_or_folder)
+        spec = read_spec(folder)
+        _check_task(cls, folder, spec)
+        check_file(folder, "tokenizer.json", spec.files["tokenizer.json"])
+        tokenizer = Tokenizer.from_file(
+            folder / "tokenizer.json",
+            max_tokens=spec.max_tokens,
+            special_tokens=options.special_tokens,
+            unicode_form=options.unicode_form,
+        )
+        runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=options.threads)
+        engine = CheckedEngine(runner, tokenizer, enabled=options.self_check)
+        model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, options.max_memory_mb))
+        model._options = options
+        # What to open again elsewhere: a bundle itself, for it may be unpacked for this process only.
+        model._origin = Path(name_or_folder).resolve() if Path(name_or_folder).is_file() else folder
+        return model
+
+    def load(self) -> None:
+        """Load the graph, and check the machine, now instead of at the first text."""
+        self._engine.open()
+
+    def self_check(self) -> SelfCheck:
+        """Run the model's golden texts now, whatever was found before; how close their vectors are.
+
+        Raises nothing for a failure: the next text will.
+        """
+        return self._engine.self_check()
+
+    def probe(self, text: str) -> Floats:
+        """The unit vector, float32 (dim,), that golden texts are compared by: the text run alone."""
+        batch = TokenBatch.pad([self._tokenizer.encode([text])[0].ids], self._tokenizer.pad_id)
+        vector: Floats = unit(self._engine.probe(batch))[0]
+        return vector
+
+    def close(self) -> None:
+        """Wait for runs under way and free the graph; later calls raise ``ClosedError``."""
+        self._workers.close()
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.spec.name} {self.spec.precision}, {self.folder}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (type(self), self._origin, self._options)
+
+
+def _reopen(kind: type[TaskModel], folder: Path, options: OpenOptions) -> TaskModel:
+    return kind._opened(folder, options)
+
+
+def open_model(folder: Path) -> TaskModel:
+    """The model of a folder, whatever its task; raises what the ``open`` of its class raises."""
+    module, name = OPENED_BY[read_spec(folder).task]
+    kind: type[TaskModel] = getattr(import_module(module), name)
+    return kind._opened(folder, OpenOptions())
+
+
+def listed(texts: str | Iterable[str]) -> list[str]:
+    """The texts as a list, one ``str`` as a list of one; ``InvalidTextError`` for what cannot be iterated."""
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable):
+        raise InvalidTextError(
+            "texts is not text",
+            expected="a str or an iterable of str",
+            found=type(texts).__name__,
+            remedy="Pass a list of texts.",
+        )
+    return list(texts)
+
+
+def _check_task(kind: type[TaskModel], folder: Path, spec: ModelSpec) -> None:
+    if spec.task != kind.TASK:
+        raise UnsupportedModelError(
+            f"{folder} is no model for {kind.__name__}",
+            expected=f"a model folder of the task {kind.TASK}",
+            found=f"the task {spec.task}",
+            remedy=f"Open it with {OPENED_BY[spec.task][1]}, or export the checkpoint with --task {kind.TASK}.",
+        )
+
+
+def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> Plan:
+    free = None
+    if max_memory_mb is not None:
+        engine.open()  # what the weights take is measured, not estimated
+        free = max_memory_mb * MEGABYTE - resident_bytes()
+    return plan(
+        spec.architecture,
+        max_tokens=spec.max_tokens,
+        workers=engine.workers,
+        token_budget=engine.settings.token_budget,
+        free_bytes=free,
+    )

@@ -1,0 +1,188 @@
+"""Token classification: entities in a text, with the characters that they span.
+
+Labels with a prefix are grouped: B, I (or M), E (or L) and S (or U), as in BIO, BIOES, BMES and BILOU. Not here:
+training such a model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qingyu.runtime.batching import ItemBatcher, windows
+from qingyu.runtime.engine import Ids, TokenBatch
+from qingyu.runtime.memory import Plan
+from qingyu.runtime.onnxruntime_engine import Profile
+from qingyu.runtime.scores import softmax
+from qingyu.runtime.selfcheck import CheckedEngine
+from qingyu.runtime.spec import ModelSpec, Task
+from qingyu.runtime.task import OpenOptions, Report, TaskModel, listed
+from qingyu.runtime.tokenizer import EncodedText, TokenizedText, Tokenizer
+
+__all__ = ["Entity", "Tagged", "TaggedToken", "TokenClassifier", "grouped"]
+
+OUTSIDE = "O"
+BEGINS, GOES_ON, ENDS = "BSU", "IMEL", "ESLU"
+
+
+@dataclass(frozen=True)
+class TaggedToken:
+    """A token, its likeliest label with its probability, and the characters ``[start:end]`` that it is from."""
+
+    token: str
+    label: str
+    score: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A stretch of text, ``[start:end]`` of it, of one kind; ``score`` is the mean probability of its tokens."""
+
+    label: str
+    score: float
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A text, the entities in it, and its tokens, special ones left out."""
+
+    text: str
+    entities: tuple[Entity, ...]
+    tokens: tuple[TaggedToken, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    ids: Ids
+    tokenized: TokenizedText
+
+
+class TokenClassifier(TaskModel):
+    """Finds entities in texts with one model; thread-safe, fork-safe, and a context manager.
+
+    Open one with ``TokenClassifier.open``. The graph is loaded when first needed; ``close()`` frees it.
+    """
+
+    TASK: ClassVar[Task] = "tagging"
+
+    def __init__(
+        self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
+    ) -> None:
+        super().__init__(folder, spec, tokenizer, engine, steps)
+        self._batcher: ItemBatcher[_Row, NDArray[np.float64]] = ItemBatcher(
+            workers=self._workers, token_budget=steps.token_budget, run=self._run
+        )
+
+    @classmethod
+    def open(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        profile: Profile = "throughput",
+        threads: int | None = None,
+        max_memory_mb: int | None = None,
+        special_tokens: Literal["parse", "text"] = "parse",
+        unicode_form: Literal["NFKC"] | None = None,
+        self_check: bool = True,
+    ) -> TokenClassifier:
+        """The model of a folder that was exported for tagging.
+
+        Options and errors are those of ``Embedder.open``, and ``UnsupportedModelError`` for a model of another task.
+        """
+        return cls._opened(
+            name_or_folder,
+            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
+        )
+
+    def tag(self, texts: str | Iterable[str], *, report: Report | None = None) -> list[Tagged]:
+        """The entities of each text; those of transformers' pipeline with aggregation_strategy="simple" for BIO.
+
+        A text longer than the model reads is tagged up to there, and counted in ``report``. Raises
+        ``InvalidTextError``.
+        """
+        return list(self.tag_stream(listed(texts), report=report))
+
+    def tag_stream(self, texts: Iterable[str], *, report: Report | None = None) -> Iterator[Tagged]:
+        """The same for an iterable of any length, in bounded memory."""
+        counted = Report() if report is None else report
+
+        def encoded() -> Iterator[tuple[tuple[list[str], list[_Row]], list[_Row]]]:
+            for window in windows(texts):
+                rows = [self._row(text, counted) for text in window]
+                yield (window, rows), rows
+
+        for (window, rows), scores in self._batcher.run_windows(encoded()):
+            for text, row, own in zip(window, rows, scores, strict=True):
+                tokens = tuple(_tokens(row.tokenized, own, self.spec.labels))
+                yield Tagged(text, tuple(grouped(text, tokens)), tokens)
+        counted.warn()
+
+    def _row(self, text: str, report: Report) -> _Row:
+        tokenized = self._tokenizer.tokenize(text)
+        unknown = self._tokenizer.unknown_id
+        count = 0 if unknown is None else tokenized.ids.count(unknown)
+        ids = np.array(tokenized.ids, dtype=np.int64)
+        report.add([EncodedText(ids, count, tokenized.truncated)])
+        return _Row(ids, tokenized)
+
+    def _run(self, rows: Sequence[_Row]) -> list[NDArray[np.float64]]:
+        batch = TokenBatch.pad([row.ids for row in rows], self._tokenizer.pad_id)
+        logits = self._engine.run(batch, ("token_logits",))[0]
+        return [softmax(own[: len(row.ids)]) for own, row in zip(logits, rows, strict=True)]
+
+
+def _tokens(
+    tokenized: TokenizedText, scores: NDArray[np.float64], labels: Sequence[str]
+) -> Iterator[TaggedToken]:
+    best = scores.argmax(axis=1)
+    for n, (token, (start, end), special) in enumerate(
+        zip(tokenized.tokens, tokenized.offsets, tokenized.special, strict=True)
+    ):
+        if not special:
+            yield TaggedToken(token, labels[best[n]], float(scores[n, best[n]]), start, end)
+
+
+def grouped(text: str, tokens: Iterable[TaggedToken]) -> Iterator[Entity]:
+    """Entities from the labels of consecutive tokens; labels without a prefix go on while they stay the same.
+
+    >>> where = [("北", "B-LOC"), ("京", "I-LOC"), ("人", "O")]
+    >>> tokens = [TaggedToken(t, label, 1.0, n, n + 1) for n, (t, label) in enumerate(where)]
+    >>> [(entity.label, entity.text) for entity in grouped("北京人", tokens)]
+    [('LOC', '北京')]
+    """
+    group: list[TaggedToken] = []
+    kind, ended = OUTSIDE, False
+    for token in tokens:
+        prefix, own = _parsed(token.label)
+        if group and (ended or own != kind or prefix in BEGINS):
+            yield _entity(text, kind, group)
+            group = []
+        kind, ended = own, prefix in ENDS
+        if own != OUTSIDE:
+            group.append(token)
+    if group:
+        yield _entity(text, kind, group)
+
+
+def _parsed(label: str) -> tuple[str, str]:
+    """The prefix, "I" where there is none, and the kind of entity."""
+    if len(label) > 2 and label[1] in "-_" and label[0] in BEGINS + GOES_ON:
+        return label[0], label[2:]
+    return "I", label
+
+
+def _entity(text: str, kind: str, group: Sequence[TaggedToken]) -> Entity:
+    start, end = group[0].start, group[-1].end
+    score = sum(token.score for token in group) / len(group)
+    return Entity(kind, score, start, end, text[start:end])
