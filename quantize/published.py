@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qingyu.errors import MismatchError, TruncationWarning, UnknownTokenWarning
+from qingyu.errors import MismatchError, UnknownTokenWarning
 from qingyu.models.catalogue import Published
 from qingyu.runtime.embedder import Embedder
 from qingyu.runtime.spec import decode_vector
@@ -49,7 +49,6 @@ def _embedding(model: Path, results: Published) -> Agreement:
     """Cosines of the vectors of texts embedded alone, without a prompt."""
     with Embedder.open(model, self_check=False) as embedder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownTokenWarning)
-        warnings.simplefilter("ignore", TruncationWarning)
         expected = _vectors(results, embedder.dim)
         found = [embedder.embed(text, prompt="", normalize=True)[0] for text in results.texts]
     own = np.array(found, dtype=np.float64)

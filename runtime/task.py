@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from qingyu.errors import (
     InvalidOptionError,
@@ -32,12 +32,11 @@ from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, Tokenizer
 from qingyu.runtime.vectors import unit
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["BUNDLED", "OpenOptions", "Report", "TaskModel", "find_model", "listed", "open_model"]
 
 BUNDLED = "qingyu-mini-zh"  # the model that travels in the package
+Model = TypeVar("Model", bound="TaskModel")
+
 UNKNOWN_LIMIT = 0.1  # above this share of unknown tokens a result says little about its text
 
 # Task -> the module of the class that opens its models, and the class.
@@ -165,7 +164,7 @@ class TaskModel:
         self._origin: Path = folder
 
     @classmethod
-    def _opened(cls, name_or_folder: str | os.PathLike[str], options: OpenOptions) -> Self:
+    def _opened(cls: type[Model], name_or_folder: str | os.PathLike[str], options: OpenOptions) -> Model:
         options.check()
         folder = find_model(name_or_folder)
         spec = read_spec(folder)
@@ -207,7 +206,7 @@ class TaskModel:
         self._workers.close()
         self._engine.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Model) -> Model:
         return self
 
     def __exit__(
