@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qingyu.runtime.classifier import Classifier
     from qingyu.runtime.embedder import Embedder
     from qingyu.runtime.fill_mask import FillMask
+    from qingyu.runtime.hidden_states import HiddenStates
     from qingyu.runtime.question_answerer import QuestionAnswerer
     from qingyu.runtime.reranker import Reranker
     from qingyu.runtime.spec import ModelSpec
@@ -28,6 +29,7 @@ __all__ = [
     "Classifier",
     "Embedder",
     "FillMask",
+    "HiddenStates",
     "ModelSpec",
     "QuestionAnswerer",
     "Reranker",
@@ -42,6 +44,7 @@ _LAZY = {
     "Classifier": "qingyu.runtime.classifier",
     "Embedder": "qingyu.runtime.embedder",
     "FillMask": "qingyu.runtime.fill_mask",
+    "HiddenStates": "qingyu.runtime.hidden_states",
     "ModelSpec": "qingyu.runtime.spec",
     "QuestionAnswerer": "qingyu.runtime.question_answerer",
     "Reranker": "qingyu.runtime.reranker",
