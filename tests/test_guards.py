@@ -321,6 +321,12 @@ def test_the_wheel_holds_the_licence_files_as_they_are(wheel):
         assert archive.read(inner) == (ROOT / name).read_bytes()
 
 
+def test_the_wheel_takes_at_most_17_megabytes_with_its_model(wheel):
+    archive, _ = wheel
+    assert "qingyu/runtime/bundled/qingyu-mini-zh/model.onnx" in archive.namelist()
+    assert Path(str(archive.filename)).stat().st_size <= 17_000_000
+
+
 def test_the_wheel_starts_the_command_line(wheel, tmp_path):
     """Unpacked alone, without the checkout on the path."""
     archive, _ = wheel
