@@ -80,7 +80,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run gave: where the checkpoint is, its best score, and every evaluation as (step, scores)."""
+    """What a run gave: where the checkpoint is, its best score, and every evaluation as (step, scores).
+
+    The evaluation at step 0 is of what training started from.
+    """
 
     model: Path
     score: float | None
@@ -313,6 +316,7 @@ def common_arguments(folder: TrainingFolder, schedule: Schedule, metric: str) ->
         "use_cpu": True,
         "eval_strategy": "steps",
         "eval_steps": schedule.evaluate_every,
+        "eval_on_start": True,  # what there was before, to compare with
         "save_steps": schedule.evaluate_every,
         "save_total_limit": KEPT_CHECKPOINTS,
         "load_best_model_at_end": True,
