@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from qingyu.errors import (
     InvalidOptionError,
@@ -31,10 +31,9 @@ from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, Tokenizer
 from qingyu.runtime.vectors import unit
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["OpenOptions", "Report", "TaskModel", "find_model", "listed", "open_model"]
+
+M = TypeVar("M", bound="TaskModel")
 
 UNKNOWN_LIMIT = 0.1  # above this share of unknown tokens a result says little about its text
 
@@ -156,7 +155,7 @@ class TaskModel:
         self._options = OpenOptions()
 
     @classmethod
-    def _opened(cls, name_or_folder: str | os.PathLike[str], options: OpenOptions) -> Self:
+    def _opened(cls: type[M], name_or_folder: str | os.PathLike[str], options: OpenOptions) -> M:
         options.check()
         folder = find_model(name_or_folder)
         spec = read_spec(folder)
@@ -196,7 +195,7 @@ class TaskModel:
         self._workers.close()
         self._engine.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: M) -> M:
         return self
 
     def __exit__(
