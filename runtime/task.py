@@ -28,7 +28,7 @@ from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
-from qingyu.runtime.tokenizer import EncodedPair, EncodedText, Tokenizer
+from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import unit
 
 __all__ = ["OpenOptions", "Report", "TaskModel", "find_model", "listed", "open_model"]
@@ -74,8 +74,8 @@ class Report:
         if self.unknown_rate > UNKNOWN_LIMIT:
             warnings.warn(
                 f"{self.unknown_rate:.0%} of {self.tokens - 2 * self.texts} tokens are unknown to the model's "
-                "vocabulary, so the vectors say little about these texts. Is the text Chinese, and is the model "
-                "made for it? `Embedder.tokenize(text)` shows which tokens are unknown.",
+                "vocabulary, so the results say little about these texts. Is the text Chinese, and is the model "
+                "made for it? `tokenize(text)` of the model shows which tokens are unknown.",
                 UnknownTokenWarning,
                 stacklevel=3,
             )
@@ -172,6 +172,10 @@ class TaskModel:
         model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, options.max_memory_mb))
         model._options = options
         return model
+
+    def tokenize(self, text: str) -> TokenizedText:
+        """What the model reads of a text: tokens, ids, and where in the text each stands."""
+        return self._tokenizer.tokenize(text)
 
     def load(self) -> None:
         """Load the graph, and check the machine, now instead of at the first text."""

@@ -164,7 +164,7 @@ def reference_answers(network, tokenizer, question: str, context: str, top_k: in
         context,
         truncation="only_second",
         max_length=64,
-        stride=min(128, 64 // 2, (64 - 3 - len(question)) // 2),
+        stride=min(128, 64 // 2),
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
