@@ -167,7 +167,8 @@ class QuestionAnswerer(TaskModel):
                 found=f"{len(question)} tokens",
                 remedy="Shorten the question.",
             )
-        step = room - min(OVERLAP, most // 2, room // 2)
+        overlap = min(OVERLAP, most // 2)
+        step = room - (overlap if overlap < room else room // 2)
         rows = []
         for first in range(0, max(1, len(context.ids)), step):
             own = context.ids[first : first + room]

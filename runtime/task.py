@@ -29,13 +29,14 @@ from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
-from qingyu.runtime.tokenizer import EncodedPair, EncodedText, Tokenizer
+from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import unit
 
 __all__ = ["BUNDLED", "OpenOptions", "Report", "TaskModel", "find_model", "listed", "open_model"]
 
 BUNDLED = "qingyu-mini-zh"  # the model that travels in the package
-Model = TypeVar("Model", bound="TaskModel")
+
+M = TypeVar("M", bound="TaskModel")
 
 UNKNOWN_LIMIT = 0.1  # above this share of unknown tokens a result says little about its text
 
@@ -76,8 +77,8 @@ class Report:
         if self.unknown_rate > UNKNOWN_LIMIT:
             warnings.warn(
                 f"{self.unknown_rate:.0%} of {self.tokens - 2 * self.texts} tokens are unknown to the model's "
-                "vocabulary, so the vectors say little about these texts. Is the text Chinese, and is the model "
-                "made for it? `Embedder.tokenize(text)` shows which tokens are unknown.",
+                "vocabulary, so the results say little about these texts. Is the text Chinese, and is the model "
+                "made for it? `tokenize(text)` of the model shows which tokens are unknown.",
                 UnknownTokenWarning,
                 stacklevel=3,
             )
@@ -164,7 +165,7 @@ class TaskModel:
         self._origin: Path = folder
 
     @classmethod
-    def _opened(cls: type[Model], name_or_folder: str | os.PathLike[str], options: OpenOptions) -> Model:
+    def _opened(cls: type[M], name_or_folder: str | os.PathLike[str], options: OpenOptions) -> M:
         options.check()
         folder = find_model(name_or_folder)
         spec = read_spec(folder)
@@ -183,6 +184,10 @@ class TaskModel:
         # What to open again elsewhere: a bundle itself, for it may be unpacked for this process only.
         model._origin = Path(name_or_folder).resolve() if Path(name_or_folder).is_file() else folder
         return model
+
+    def tokenize(self, text: str) -> TokenizedText:
+        """What the model reads of a text: tokens, ids, and where in the text each stands."""
+        return self._tokenizer.tokenize(text)
 
     def load(self) -> None:
         """Load the graph, and check the machine, now instead of at the first text."""
@@ -206,7 +211,7 @@ class TaskModel:
         self._workers.close()
         self._engine.close()
 
-    def __enter__(self: Model) -> Model:
+    def __enter__(self: M) -> M:
         return self
 
     def __exit__(

@@ -25,6 +25,15 @@ SENTENCES = [
     "人工智能正在改变医疗、教育和交通。",
 ]
 
+# Checkpoints with a head: their task and labels.
+CHECKPOINTS = {
+    "bert-base-chinese": ("fill-mask", ()),
+    "sentiment": ("classification", ("好", "坏")),
+    "ner": ("tagging", ("O", "B-人", "I-人", "B-地", "I-地")),
+    "qa": ("question-answering", ()),
+    "reranker": ("reranking", ()),
+}
+
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(
@@ -39,9 +48,11 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.fixture
-def desk(tiny_checkpoint, tiny_model, tmp_path):
+def desk(tiny_checkpoint, tiny_model, head_checkpoint, tmp_path):
     """A folder with what the documentation takes for granted."""
     shutil.copytree(tiny_checkpoint, tmp_path / "bge-small-zh-v1.5")
+    for name, (task, labels) in CHECKPOINTS.items():
+        shutil.copytree(head_checkpoint(task, labels), tmp_path / name)
     lines = [sentence + str(n) for sentence in SENTENCES for n in range(20)]
     labelled = [f"{line}\t{n % 2}" for n, line in enumerate(lines)]
     entities = [{"text": line, "entities": [{"start": 0, "end": 2, "label": "词"}]} for line in lines]

@@ -273,7 +273,10 @@ def test_quantizing_twice_is_refused(run, tiny_int8, tmp_path):
     assert "already quantized" in err
 
 
-@pytest.mark.parametrize("command", [command.__name__.rpartition(".")[2] for command in COMMANDS])
+NAMES = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
+
+
+@pytest.mark.parametrize("command", NAMES)
 def test_every_command_has_help_with_an_example(run, capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
