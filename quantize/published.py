@@ -16,6 +16,7 @@ import numpy as np
 from qingyu.errors import MismatchError, UnknownTokenWarning
 from qingyu.models.catalogue import Published
 from qingyu.runtime.embedder import Embedder
+from qingyu.runtime.fill_mask import check_results
 from qingyu.runtime.spec import decode_vector
 
 __all__ = ["CHECKS", "Agreement", "check_published"]
@@ -75,5 +76,14 @@ def _vectors(results: Published, dim: int) -> np.typing.NDArray[np.float64]:
         ) from None
 
 
-# The kind "fill_mask" (published scores of masked words, to be met within 1e-4) belongs here, too.
-CHECKS: Mapping[str, Callable[[Path, Published], Agreement]] = {"embedding": _embedding}
+def _fill_mask(model: Path, results: Published) -> Agreement:
+    """Published words of masks, in their order, with scores within 1e-4."""
+    found = check_results(model, results.results, origin=results.source)
+    worst = f"scores differ by {found.worst:.1e} at most"
+    return Agreement(found.passed, found.predictions, worst if found.passed else found.wrong[0])
+
+
+CHECKS: Mapping[str, Callable[[Path, Published], Agreement]] = {
+    "embedding": _embedding,
+    "fill_mask": _fill_mask,
+}

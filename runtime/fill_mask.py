@@ -33,7 +33,7 @@ from qingyu.runtime.spec import ModelSpec, Task
 from qingyu.runtime.task import OpenOptions, Report, TaskModel, listed
 from qingyu.runtime.tokenizer import EncodedText, Tokenizer
 
-__all__ = ["FillMask", "FilledText", "GoldenFill", "Prediction", "check_golden"]
+__all__ = ["FillMask", "FilledText", "GoldenFill", "Prediction", "check_golden", "check_results"]
 
 OUTPUT = "mask_logits"
 K = TypeVar("K")
@@ -447,7 +447,19 @@ def check_golden(
     ``predictions``, best first, each with ``token`` (its number) and ``score``. Raises ``DataFileError`` for a file
     that is not so, and what ``FillMask.open`` and ``fill`` raise.
     """
-    rows = [_golden(line, number, golden_file) for number, line in _lines(golden_file)]
+    results = [_parsed(line, number, golden_file) for number, line in _lines(golden_file)]
+    return check_results(folder, results, origin=os.fspath(golden_file), tolerance=tolerance)
+
+
+def check_results(
+    folder: str | os.PathLike[str],
+    results: Sequence[Mapping[str, Any]],
+    *,
+    origin: str,
+    tolerance: float = 1e-4,
+) -> GoldenFill:
+    """The same for results that are already read; ``origin`` names them in errors."""
+    rows = [_golden(row, number, origin) for number, row in enumerate(results, start=1)]
     differences: list[float] = []
     wrong: list[str] = []
     with FillMask.open(folder) as model:
@@ -482,9 +494,16 @@ def _lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
-def _golden(line: str, number: int, path: str | os.PathLike[str]) -> _GoldenRow:
+def _parsed(line: str, number: int, path: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         row: Mapping[str, Any] = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _no_result(os.fspath(path), number, error) from None
+    return row
+
+
+def _golden(row: Mapping[str, Any], number: int, origin: str) -> _GoldenRow:
+    try:
         best = row["predictions"]
         return _GoldenRow(
             str(row["text"]),
@@ -492,10 +511,14 @@ def _golden(line: str, number: int, path: str | os.PathLike[str]) -> _GoldenRow:
             [int(one["token"]) for one in best],
             [float(one["score"]) for one in best],
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataFileError(
-            f"{os.fspath(path)}, line {number} is no fill-mask result",
-            expected="text, mask_index and predictions with token and score",
-            found=f"{type(error).__name__} {error}",
-            remedy="Use the file as it was published.",
-        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_result(origin, number, error) from None
+
+
+def _no_result(origin: str, number: int, error: Exception) -> DataFileError:
+    return DataFileError(
+        f"{origin}, line {number} is no fill-mask result",
+        expected="text, mask_index and predictions with token and score",
+        found=f"{type(error).__name__} {error}",
+        remedy="Use the file as it was published.",
+    )

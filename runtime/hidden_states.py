@@ -223,7 +223,8 @@ def _combiner(combine: str) -> Callable[[Sequence[Floats]], Floats]:
 
 
 def _cls(vectors: Floats) -> Floats:
-    return vectors[0]
+    first: Floats = vectors[0]
+    return first
 
 
 def _mean(vectors: Floats) -> Floats:

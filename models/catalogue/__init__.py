@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qingyu.errors import DataFileError, ManifestError
-from qingyu.runtime.spec import FileRecord, decode
+from qingyu.runtime.spec import FileRecord, Task, decode
 
 __all__ = ["CatalogueEntry", "Published", "catalogue", "find_entry", "published"]
 
@@ -37,7 +37,7 @@ class CatalogueEntry:
     """
 
     name: str
-    task: Literal["embedding", "fill-mask", "rerank"]
+    task: Task
     repositories: Mapping[str, str]
     license: str | None = None
     layers: int | None = None
@@ -54,7 +54,11 @@ class CatalogueEntry:
 
 @dataclass(frozen=True)
 class Published:
-    """Results that a model must give. Of the kind "embedding": unit vectors, as ``encode_vector`` writes them."""
+    """Results that a model must give.
+
+    Of the kind "embedding": unit vectors of ``texts``, as ``encode_vector`` writes them. Of the kind "fill_mask":
+    ``results`` as ``qingyu.runtime.fill_mask.check_golden`` reads them.
+    """
 
     kind: str
     source: str

@@ -19,6 +19,7 @@ from qingyu.__main__ import main
 from qingyu.cli.pull import NETWORK
 from qingyu.models.sources import SOURCES
 from qingyu.runtime.embedder import Embedder
+from qingyu.runtime.fill_mask import FillMask
 from qingyu.runtime.spec import encode_vector, read_spec
 
 pytest.importorskip("huggingface_hub")
@@ -143,9 +144,39 @@ def test_results_of_a_kind_that_cannot_be_checked_are_said_to_be_unchecked(
     hub, home, entry, tmp_path, capsys
 ):
     entry()
-    (tmp_path / "golden.json").write_text(json.dumps({"kind": "fill_mask", "source": "x", "results": [1]}))
+    (tmp_path / "golden.json").write_text(json.dumps({"kind": "tags", "source": "x", "results": [1]}))
     assert pull("tiny", "--recipe", "fp32") == 0
     assert "not checked" in capsys.readouterr().out
+
+
+def fill_results(folder):
+    with FillMask.open(folder) as model:
+        masks = model.fill("今天[MASK]气真好", top_k=3)[0].masks
+    return [
+        {
+            "text": "今天[MASK]气真好",
+            "mask_index": 0,
+            "predictions": [{"token": one.id, "score": one.score} for one in masks[0]],
+        }
+    ]
+
+
+@pytest.mark.parametrize("change", [0.0, 0.01])
+def test_a_fill_mask_model_is_held_against_published_scores(
+    change, head_checkpoint, head_model, home, entry, tmp_path, capsys
+):
+    checkpoint = head_checkpoint("fill-mask")
+    results = fill_results(head_model("fill-mask"))
+    results[0]["predictions"][1]["score"] += change
+    entry(task="fill-mask", prompts={})
+    document = {"kind": "fill_mask", "source": "this test", "results": results}
+    (tmp_path / "golden.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    assert pull("tiny", "--from", str(checkpoint), "--recipe", "fp32") == (6 if change else 0)
+    said = capsys.readouterr()
+    assert ("does not give its published results" in said.err) == bool(change)
+    if not change:
+        with FillMask.open("tiny") as model:
+            assert model.spec.task == "fill-mask"
 
 
 @pytest.mark.parametrize("changes", [{"dim": 512}, {"layers": 4}])

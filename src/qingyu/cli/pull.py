@@ -305,12 +305,13 @@ def _model(wanted: _Wanted, cache: Cache) -> dict[str, object]:
 def _make(wanted: _Wanted, checkpoint: _Checkpoint, work: Path) -> tuple[Path, dict[str, object]]:
     from qingyu.models.export import export
     from qingyu.models.export.folder import write_manifest
-    from qingyu.quantize import quantize
+    from qingyu.quantize import quantize, quantize_task
     from qingyu.runtime.spec import MANIFEST, Source
 
     fp32 = work / "fp32"
     prompts = {} if wanted.entry is None else wanted.entry.prompts
-    spec = export(checkpoint.folder, fp32, name=wanted.name, prompts=prompts)
+    task = None if wanted.entry is None else wanted.entry.task
+    spec = export(checkpoint.folder, fp32, name=wanted.name, prompts=prompts, task=task)
     _check_identity(spec, wanted.entry)
     licence = spec.source.license or (None if wanted.entry is None else wanted.entry.license)
     source = Source(checkpoint.repository or spec.source.repository, checkpoint.revision, licence)
@@ -319,7 +320,10 @@ def _make(wanted: _Wanted, checkpoint: _Checkpoint, work: Path) -> tuple[Path, d
     said: dict[str, object] = {"golden": _golden(fp32, wanted.entry)}
     if wanted.recipe == "fp32":
         return fp32, said
-    quantize(fp32, work / "quantized", recipe=wanted.recipe, speed_rounds=0, progress=True)
+    if spec.task == "embedding":
+        quantize(fp32, work / "quantized", recipe=wanted.recipe, speed_rounds=0, progress=True)
+    else:
+        quantize_task(fp32, work / "quantized", recipe=wanted.recipe, speed_rounds=0)
     return work / "quantized", said
 
 
