@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from qingyu.errors import InvalidOptionError, TextTooLongError
 from qingyu.runtime.batching import Batcher, windows
-from qingyu.runtime.engine import Floats, TokenBatch
+from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.long_text import pieces
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.progress import progress_bar
@@ -23,7 +25,7 @@ from qingyu.runtime.vectors import cosine, unit
 
 __all__ = ["BUNDLED", "Block", "Embedder", "Report", "find_model"]
 
-LongText = Literal["truncate", "error"]
+LongText = Literal["truncate", "error", "mean", "max"]
 
 
 class Block(NamedTuple):
@@ -31,6 +33,38 @@ class Block(NamedTuple):
 
     texts: list[str]
     vectors: Floats
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """A text that is too long: its place in a window, and its pieces."""
+
+    place: int
+    encoded: Sequence[EncodedText]
+
+
+@dataclass(frozen=True)
+class _Long:
+    """What to do with texts that are too long."""
+
+    rule: LongText
+    overlap: int
+
+    def check(self, spec: ModelSpec) -> None:
+        if self.rule not in (*CUT, *COMBINED):
+            raise InvalidOptionError(
+                "long_text",
+                expected="'truncate', 'error', 'mean' or 'max'",
+                found=repr(self.rule),
+                remedy="Use one of them.",
+            )
+        if not 0 <= self.overlap <= spec.max_tokens // 2:
+            raise InvalidOptionError(
+                "overlap",
+                expected=f"0 to {spec.max_tokens // 2} tokens",
+                found=str(self.overlap),
+                remedy="Half of what the model reads is the most that makes sense.",
+            )
 
 
 class Embedder(TaskModel):
@@ -101,6 +135,7 @@ class Embedder(TaskModel):
         dim: int | None = None,
         normalize: bool | None = None,
         long_text: LongText = "truncate",
+        overlap: int = 0,
         report: Report | None = None,
         progress: bool = False,
     ) -> Floats:
@@ -110,13 +145,15 @@ class Embedder(TaskModel):
         the model's own; any other string is put before each text as it is. ``dim`` keeps the first values of
         models trained for it. ``normalize`` gives length 1, after the cut; ``None`` does what the model's
         reference does. ``long_text="truncate"`` reads the first ``spec.max_tokens`` tokens, "error" raises
-        ``TextTooLongError``. ``report`` is added up to, ``progress`` draws a bar on a terminal.
+        ``TextTooLongError``; "mean" and "max" read all of a longer text, in pieces of whole sentences that overlap by
+        at most ``overlap`` tokens, and give the mean of the pieces' unit vectors, weighted by their tokens, or the
+        largest of each value. ``report`` is added up to, ``progress`` draws a bar on a terminal.
 
         Raises ``InvalidTextError`` for what is not Unicode text and ``UnknownTokenWarning`` above 10 % unknown.
         """
         given = listed(texts)
         counted = Report() if report is None else report
-        blocks = self._blocks(given, prompt, dim, normalize, long_text, counted)
+        blocks = self._blocks(given, prompt, dim, normalize, _Long(long_text, overlap), counted)
         if progress:
             blocks = progress_bar(((len(block.texts), block) for block in blocks), total=len(given))
         vectors = [block.vectors for block in blocks]
@@ -132,6 +169,7 @@ class Embedder(TaskModel):
         dim: int | None = None,
         normalize: bool | None = None,
         long_text: LongText = "truncate",
+        overlap: int = 0,
         report: Report | None = None,
     ) -> Iterator[Block]:
         """Blocks of (texts, vectors) in order, from an iterable of any length, in bounded memory.
@@ -140,7 +178,7 @@ class Embedder(TaskModel):
         raised as it is; closing the iterator early drops what has not begun. Options as for ``embed``.
         """
         counted = Report() if report is None else report
-        yield from self._blocks(texts, prompt, dim, normalize, long_text, counted)
+        yield from self._blocks(texts, prompt, dim, normalize, _Long(long_text, overlap), counted)
         counted.warn()
 
     def similarity(
@@ -177,35 +215,29 @@ class Embedder(TaskModel):
         prompt: str | None,
         dim: int | None,
         normalize: bool | None,
-        long_text: LongText,
+        long: _Long,
         report: Report,
     ) -> Iterator[Block]:
         prefix = self._prompt(prompt)
         width = _check_dim(dim, self.spec)
         to_unit = self.spec.normalize if normalize is None else normalize
-        if long_text not in ("truncate", "error"):
-            raise InvalidOptionError(
-                "long_text",
-                expected="'truncate' or 'error'",
-                found=repr(long_text),
-                remedy="Use one of them.",
-            )
+        long.check(self.spec)
 
-        def encoded() -> Iterator[tuple[list[str], list[EncodedText]]]:
+        def encoded() -> Iterator[tuple[tuple[list[str], list[_Pieces]], list[EncodedText]]]:
             for window in windows(texts):
-                yield window, self._encode(window, prefix, long_text, report)
+                whole = self._encode(window, prefix, long.rule, report)
+                split = self._split(window, whole, prefix, long, report)
+                yield (window, split), _flat(whole, split)
 
-        for window, pooled in self._batcher.run_windows(encoded()):
-            cut = pooled[:, :width]
+        for (window, split), pooled in self._batcher.run_windows(encoded()):
+            cut = _joined(pooled, split, long.rule)[:, :width]
             yield Block(window, unit(cut) if to_unit else np.ascontiguousarray(cut))
 
-    def _encode(
-        self, texts: Sequence[str], prefix: str, long_text: LongText, report: Report
-    ) -> list[EncodedText]:
+    def _encode(self, texts: Sequence[str], prefix: str, rule: LongText, report: Report) -> list[EncodedText]:
         first = report.texts
         encoded = self._tokenizer.encode(texts, prompt=prefix, first=first)
         report.add(encoded)
-        if long_text == "error":
+        if rule == "error":
             for position, text in enumerate(encoded):
                 if text.truncated:
                     raise TextTooLongError(
@@ -216,8 +248,64 @@ class Embedder(TaskModel):
                     )
         return encoded
 
+    def _split(
+        self, texts: Sequence[str], whole: Sequence[EncodedText], prefix: str, long: _Long, report: Report
+    ) -> list[_Pieces]:
+        """The pieces of the texts that are too long, by their place; none where long texts are cut."""
+        if long.rule not in COMBINED:
+            return []
+        special = len(self._tokenizer.encode([""], prompt=prefix)[0].ids)
+
+        def count(parts: Sequence[str]) -> list[int | None]:
+            encoded = self._tokenizer.encode(parts, prompt=prefix)
+            return [None if one.truncated else len(one.ids) - special for one in encoded]
+
+        split = []
+        for place, encoded in enumerate(whole):
+            if encoded.truncated:
+                parts = pieces(texts[place], count, most=self.spec.max_tokens - special, overlap=long.overlap)
+                read = self._tokenizer.encode(parts, prompt=prefix)
+                report.replace(encoded, read)
+                split.append(_Pieces(place, read))
+        return split
+
     def _pooled(self, batch: TokenBatch) -> Floats:
         return self._engine.run(batch, ("pooled",))[0]
+
+
+def _flat(whole: Sequence[EncodedText], split: Sequence[_Pieces]) -> list[EncodedText]:
+    """What is run: every text, the long ones as their first piece, and the other pieces behind them all."""
+    flat = list(whole)
+    for one in split:
+        flat[one.place] = one.encoded[0]
+    return [*flat, *(piece for one in split for piece in one.encoded[1:])]
+
+
+def _joined(pooled: Floats, split: Sequence[_Pieces], rule: LongText) -> Floats:
+    """One vector a text again."""
+    extra = sum(len(one.encoded) - 1 for one in split)
+    vectors: Floats = pooled[: len(pooled) - extra]
+    start = len(vectors)
+    for one in split:
+        end = start + len(one.encoded) - 1
+        own = unit(np.concatenate([vectors[one.place][None], pooled[start:end]]))
+        vectors[one.place] = COMBINED[rule](own, np.array([len(piece.ids) for piece in one.encoded]))
+        start = end
+    return vectors
+
+
+def _weighted_mean(vectors: Floats, tokens: Ids) -> Floats:
+    mean: Floats = (tokens @ vectors / tokens.sum()).astype(np.float32)
+    return mean
+
+
+def _largest(vectors: Floats, tokens: Ids) -> Floats:
+    largest: Floats = vectors.max(axis=0)
+    return largest
+
+
+CUT = ("truncate", "error")
+COMBINED: Mapping[str, Callable[[Floats, Ids], Floats]] = {"mean": _weighted_mean, "max": _largest}
 
 
 def _check_dim(dim: int | None, spec: ModelSpec) -> int:

@@ -53,12 +53,16 @@ OPENED_BY: Mapping[Task, tuple[str, str]] = {
 
 @dataclass
 class Report:
-    """What a call read: pass one in, read it afterwards. ``tokens`` counts special tokens, too."""
+    """What a call read: pass one in, read it afterwards. ``tokens`` counts special tokens, too.
+
+    ``truncated`` texts were read in part only; ``split`` ones whole, in pieces.
+    """
 
     texts: int = 0
     tokens: int = 0
     unknown: int = 0
     truncated: int = 0
+    split: int = 0
 
     @property
     def unknown_rate(self) -> float:
@@ -71,6 +75,13 @@ class Report:
         self.tokens += sum(len(text.ids) for text in encoded)
         self.unknown += sum(text.unknown for text in encoded)
         self.truncated += sum(text.truncated for text in encoded)
+
+    def replace(self, whole: EncodedText, pieces: Sequence[EncodedText]) -> None:
+        """Count a text's pieces instead of its beginning."""
+        self.tokens += sum(len(piece.ids) for piece in pieces) - len(whole.ids)
+        self.unknown += sum(piece.unknown for piece in pieces) - whole.unknown
+        self.truncated += any(piece.truncated for piece in pieces) - whole.truncated
+        self.split += 1
 
     def warn(self) -> None:
         """Issue ``UnknownTokenWarning`` when more than a tenth of the tokens are unknown."""

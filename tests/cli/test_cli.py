@@ -138,6 +138,19 @@ def test_what_was_cut_is_said(run, tiny_model):
     assert "text 0 is too long" in err
 
 
+def test_what_was_read_in_pieces_is_said(run, tiny_model):
+    long = "今天天气真好。" * 30
+    code, out, err = run(
+        "embed", "--model", tiny_model, "--long-text", "mean", "--overlap", "10", long, "今天"
+    )
+    assert code == 0
+    assert "1 of 2 texts were read in pieces" in err
+    assert "were cut" not in err
+    with Embedder.open(tiny_model) as embedder:
+        wanted = embedder.embed(long, long_text="mean", overlap=10)[0]
+    assert np.allclose(json.loads(out.splitlines()[0])["vector"], wanted, atol=1e-6)
+
+
 def test_unknown_tokens_are_warned_of(run, tiny_model):
     _, _, err = run("embed", "--model", tiny_model, "魑魅魍魉")
     assert err.startswith("warning: 100% of 4 tokens are unknown")

@@ -94,4 +94,6 @@ def print_report(report: Report, max_tokens: int, *, refusable: bool = True) -> 
             f"{report.truncated:,} of {report.texts:,} texts were cut at {max_tokens} tokens{remedy}",
             file=sys.stderr,
         )
+    if report.split:
+        print(f"{report.split:,} of {report.texts:,} texts were read in pieces", file=sys.stderr)
     report.warn()

@@ -39,9 +39,13 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     )
     parser.add_argument(
         "--long-text",
-        choices=("truncate", "error"),
+        choices=("truncate", "error", "mean", "max"),
         default="truncate",
-        help="what happens to texts longer than the model reads (default: truncate, and say how many)",
+        help="for texts longer than the model reads; mean and max read them whole, in pieces (default: truncate, and "
+        "say how many)",
+    )
+    parser.add_argument(
+        "--overlap", type=int, default=0, metavar="N", help="tokens that pieces share (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="JSON lines also on a terminal")
     parser.set_defaults(run=run)
@@ -67,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
             dim=options.dim,
             normalize=options.normalize,
             long_text=options.long_text,
+            overlap=options.overlap,
             report=report,
         )
         counted = ((len(block.texts), block) for block in blocks)
