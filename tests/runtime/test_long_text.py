@@ -47,11 +47,7 @@ def test_pieces_overlap_by_whole_sentences_and_lose_nothing(ends, most, overlap)
 def test_pieces_are_cut_at_sentence_ends_where_that_is_possible():
     text = "一二三。四五六。七八九。十"
     assert pieces(text, characters, most=9) == ["一二三。四五六。", "七八九。十"]
-    assert pieces(text, characters, most=9, overlap=4) == [
-        "一二三。四五六。",
-        "四五六。七八九。",
-        "七八九。十",
-    ]
+    assert pieces(text, characters, most=9, overlap=4) == ["一二三。四五六。", "四五六。七八九。十"]
     assert pieces("一二三四五六七八", characters, most=5) == ["一二三四", "五六七八"]
 
 
