@@ -145,6 +145,6 @@ def test_its_quality_is_what_the_card_says(mini, shared_data):
     from qingyu.quantize.evaluation import SimilaritySet, spearman_of
 
     measured = 100 * spearman_of(mini, SimilaritySet.read(shared_data / "sts-b-zh" / "dev.tsv"))
-    assert measured >= 78
+    assert measured >= 77
     card = (Path(__file__).parents[2] / "docs" / "qingyu-mini-zh.md").read_text(encoding="utf-8")
     assert f"{measured:.1f}" in card
