@@ -23,7 +23,6 @@ from qingyu.errors import (
     UnsupportedModelError,
 )
 from qingyu.runtime.batching import Workers
-from qingyu.runtime.bundle import open_bundle
 from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
@@ -103,6 +102,8 @@ def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(name_or_folder)
     if folder.is_file():
+        from qingyu.runtime.bundle import open_bundle  # with zipfile and tempfile, which a folder does not need
+
         return open_bundle(folder)
     if folder.exists():
         return folder
