@@ -102,7 +102,8 @@ def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(name_or_folder)
     if folder.is_file():
-        from qingyu.runtime.bundle import open_bundle  # with zipfile and tempfile, which a folder does not need
+        # Here, because it brings zipfile and tempfile, which opening a folder does not need.
+        from qingyu.runtime.bundle import open_bundle
 
         return open_bundle(folder)
     if folder.exists():
