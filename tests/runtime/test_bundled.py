@@ -16,7 +16,7 @@ from qingyu import Embedder
 from qingyu.__main__ import main
 from qingyu.cli import common
 from qingyu.errors import ModelNotFoundError
-from qingyu.runtime import embedder as module
+from qingyu.runtime import task as module
 from qingyu.runtime.embedder import BUNDLED, find_model
 from qingyu.runtime.spec import check_file
 
@@ -44,7 +44,8 @@ def test_its_manifest_says_what_it_is(mini):
     assert spec.source.license == "apache-2.0"
     assert spec.architecture.layers <= 4
     assert spec.dim in (256, 384)
-    assert (dict(spec.prompts), spec.default_prompt) == ({}, None)
+    assert not any(spec.prompts.values())
+    assert spec.default_prompt is None
     assert spec.certificate is not None
 
 
@@ -103,15 +104,15 @@ def test_other_names_are_not_found_and_the_bundled_one_is_offered():
 
 
 def test_an_installation_without_the_file_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "embedder.py"))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "task.py"))
     with pytest.raises(ModelNotFoundError):
         Embedder.open()
 
 
 def test_commands_use_it_where_no_model_is_named(capsys):
     assert main(["similarity", "--json", "怎么修改登录密码", "忘记密码了怎么办", "明天会下雨吗"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["text"] for row in found] == ["忘记密码了怎么办", "明天会下雨吗"]
+    _, near, far = json.loads(capsys.readouterr().out)["cosine"][0]
+    assert near > far + 0.3
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == BUNDLED
 

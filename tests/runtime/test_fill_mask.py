@@ -225,10 +225,10 @@ def test_published_results_are_checked_word_by_word(model, folder, tmp_path):
 
 
 def test_the_published_results_of_bert_base_chinese_can_be_read(shared_models):
-    from qingyu.runtime.fill_mask import _golden, _lines
+    from qingyu.runtime.fill_mask import _golden, _lines, _parsed
 
     path = shared_models / "bert-base-chinese" / "golden" / "fill_mask.jsonl"
-    rows = [_golden(line, number, path) for number, line in _lines(path)]
+    rows = [_golden(_parsed(line, number, path), number, str(path)) for number, line in _lines(path)]
     assert len(rows) == 14
     assert all(row.text.count("[MASK]") > row.mask for row in rows)
 
