@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.sequences import SequenceModel, TextOrPair
 from qingyu.runtime.spec import Task
-from qingyu.runtime.task import OpenOptions, Report
+from qingyu.runtime.task import Report
 
 __all__ = ["Classified", "Classifier", "LabelScore"]
 
@@ -43,27 +41,6 @@ class Classifier(SequenceModel):
     """
 
     TASK: ClassVar[Task] = "classification"
-
-    @classmethod
-    def open(
-        cls,
-        name_or_folder: str | os.PathLike[str],
-        *,
-        profile: Profile = "throughput",
-        threads: int | None = None,
-        max_memory_mb: int | None = None,
-        special_tokens: Literal["parse", "text"] = "parse",
-        unicode_form: Literal["NFKC"] | None = None,
-        self_check: bool = True,
-    ) -> Classifier:
-        """The model of a folder that was exported for classification.
-
-        Options and errors are those of ``Embedder.open``, and ``UnsupportedModelError`` for a model of another task.
-        """
-        return cls._opened(
-            name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
-        )
 
     def classify(
         self, texts: str | Iterable[TextOrPair], *, report: Report | None = None

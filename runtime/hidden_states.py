@@ -7,21 +7,19 @@ encoder layer, -1 the last, as in transformers' ``hidden_states``. Not here: the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from qingyu.errors import InvalidOptionError, UnsupportedModelError
-from qingyu.runtime.batching import ItemBatcher, windows
-from qingyu.runtime.engine import Floats, Ids, TokenBatch
-from qingyu.runtime.onnxruntime_engine import Profile
-from qingyu.runtime.spec import Task
-from qingyu.runtime.task import OpenOptions, Report, TaskModel, listed
-from qingyu.runtime.tokenizer import EncodedText, TokenizedText
+from qingyu.runtime.batching import ItemBatcher
+from qingyu.runtime.engine import Floats, TokenBatch
+from qingyu.runtime.spec import ModelSpec, Task
+from qingyu.runtime.task import Report, TextModel, TokenRow, listed
 from qingyu.runtime.vectors import unit
 
 __all__ = ["Combine", "HiddenStates", "StatePooling", "TokenStates"]
@@ -46,13 +44,7 @@ class TokenStates:
     truncated: bool
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
-    ids: Ids
-    tokenized: TokenizedText
-
-
-class HiddenStates(TaskModel):
+class HiddenStates(TextModel):
     """Gives the states of a model's layers; thread-safe, fork-safe, and a context manager.
 
     Open one with ``HiddenStates.open``. The graph is loaded when first needed; ``close()`` frees it.
@@ -61,35 +53,15 @@ class HiddenStates(TaskModel):
     TASK: ClassVar[Task] = "embedding"
 
     @classmethod
-    def open(
-        cls,
-        name_or_folder: str | os.PathLike[str],
-        *,
-        profile: Profile = "throughput",
-        threads: int | None = None,
-        max_memory_mb: int | None = None,
-        special_tokens: Literal["parse", "text"] = "parse",
-        unicode_form: Literal["NFKC"] | None = None,
-        self_check: bool = True,
-    ) -> HiddenStates:
-        """The model of a folder that was exported with hidden states.
-
-        Options and errors are those of ``Embedder.open``, and ``UnsupportedModelError`` for a folder whose graph does
-        not give its hidden states.
-        """
-        model = cls._opened(
-            name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
-        )
-        if "hidden_state_0" not in model.spec.outputs:
-            model.close()
+    def _check(cls, folder: Path, spec: ModelSpec) -> None:
+        super()._check(folder, spec)
+        if "hidden_state_0" not in spec.outputs:
             raise UnsupportedModelError(
-                f"{model.folder} does not give its hidden states",
+                f"{folder} does not give its hidden states",
                 expected="a graph with the outputs hidden_state_0 and so on",
-                found=", ".join(model.spec.outputs),
+                found=", ".join(spec.outputs),
                 remedy="Export the checkpoint with --hidden-states.",
             )
-        return model
 
     @property
     def layers(self) -> int:
@@ -162,33 +134,20 @@ class HiddenStates(TaskModel):
         combiner: Callable[[Sequence[Floats]], Floats],
         report: Report,
     ) -> Iterator[TokenStates]:
-        batcher: ItemBatcher[_Row, Floats] = ItemBatcher(
+        batcher: ItemBatcher[TokenRow, Floats] = ItemBatcher(
             workers=self._workers,
             token_budget=self.plan.token_budget,
             run=partial(self._run, names, combiner),
         )
 
-        def encoded() -> Iterator[tuple[tuple[list[str], list[_Row]], list[_Row]]]:
-            for window in windows(texts):
-                rows = [self._row(text, report) for text in window]
-                yield (window, rows), rows
-
-        for (window, rows), states in batcher.run_windows(encoded()):
+        for (window, rows), states in batcher.run_windows(self._token_windows(texts, report)):
             for text, row, vectors in zip(window, rows, states, strict=True):
                 own = row.tokenized
                 yield TokenStates(text, own.tokens, own.offsets, own.special, vectors, own.truncated)
         report.warn()
 
-    def _row(self, text: str, report: Report) -> _Row:
-        tokenized = self._tokenizer.tokenize(text)
-        unknown = self._tokenizer.unknown_id
-        count = 0 if unknown is None else tokenized.ids.count(unknown)
-        ids = np.array(tokenized.ids, dtype=np.int64)
-        report.add([EncodedText(ids, count, tokenized.truncated)])
-        return _Row(ids, tokenized)
-
     def _run(
-        self, names: tuple[str, ...], combiner: Callable[[Sequence[Floats]], Floats], rows: Sequence[_Row]
+        self, names: tuple[str, ...], combiner: Callable[[Sequence[Floats]], Floats], rows: Sequence[TokenRow]
     ) -> list[Floats]:
         batch = TokenBatch.pad([row.ids for row in rows], self._tokenizer.pad_id)
         wanted = tuple(dict.fromkeys(names))

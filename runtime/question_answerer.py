@@ -7,11 +7,10 @@ pipeline (transformers 5 has none). Not here: writing answers in words of its ow
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,10 @@ from qingyu.errors import InvalidOptionError, InvalidTextError, TextTooLongError
 from qingyu.runtime.batching import ItemBatcher, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.memory import Plan
-from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.scores import softmax
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec, Task
-from qingyu.runtime.task import OpenOptions, TaskModel
+from qingyu.runtime.task import TextModel
 from qingyu.runtime.tokenizer import TokenizedText, Tokenizer
 
 __all__ = ["Answer", "QuestionAnswerer"]
@@ -64,7 +62,7 @@ class _Context(NamedTuple):
     tokenized: TokenizedText
 
 
-class QuestionAnswerer(TaskModel):
+class QuestionAnswerer(TextModel):
     """Finds answers in contexts with one model; thread-safe, fork-safe, and a context manager.
 
     Open one with ``QuestionAnswerer.open``. The graph is loaded when first needed; ``close()`` frees it.
@@ -78,27 +76,6 @@ class QuestionAnswerer(TaskModel):
         super().__init__(folder, spec, tokenizer, engine, steps)
         self._batcher: ItemBatcher[_Row, Floats] = ItemBatcher(
             workers=self._workers, token_budget=steps.token_budget, run=self._run
-        )
-
-    @classmethod
-    def open(
-        cls,
-        name_or_folder: str | os.PathLike[str],
-        *,
-        profile: Profile = "throughput",
-        threads: int | None = None,
-        max_memory_mb: int | None = None,
-        special_tokens: Literal["parse", "text"] = "parse",
-        unicode_form: Literal["NFKC"] | None = None,
-        self_check: bool = True,
-    ) -> QuestionAnswerer:
-        """The model of a folder that was exported for question-answering.
-
-        Options and errors are those of ``Embedder.open``, and ``UnsupportedModelError`` for a model of another task.
-        """
-        return cls._opened(
-            name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
         )
 
     def answer(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qingyu.errors import InvalidOptionError
-from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.sequences import SequenceModel
 from qingyu.runtime.spec import Task
-from qingyu.runtime.task import OpenOptions, Report, listed
+from qingyu.runtime.task import Report, listed
 
 __all__ = ["Ranked", "Reranker"]
 
@@ -35,27 +33,6 @@ class Reranker(SequenceModel):
     """
 
     TASK: ClassVar[Task] = "reranking"
-
-    @classmethod
-    def open(
-        cls,
-        name_or_folder: str | os.PathLike[str],
-        *,
-        profile: Profile = "throughput",
-        threads: int | None = None,
-        max_memory_mb: int | None = None,
-        special_tokens: Literal["parse", "text"] = "parse",
-        unicode_form: Literal["NFKC"] | None = None,
-        self_check: bool = True,
-    ) -> Reranker:
-        """The model of a folder that was exported for reranking.
-
-        Options and errors are those of ``Embedder.open``, and ``UnsupportedModelError`` for a model of another task.
-        """
-        return cls._opened(
-            name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
-        )
 
     def rank(
         self, query: str, documents: Iterable[str], *, top_k: int | None = None, report: Report | None = None

@@ -16,7 +16,7 @@ from qingyu.runtime.memory import Plan
 from qingyu.runtime.scores import SCORES
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec
-from qingyu.runtime.task import Report, TaskModel
+from qingyu.runtime.task import Report, TextModel
 from qingyu.runtime.tokenizer import EncodedPair, Tokenizer
 
 __all__ = ["SequenceModel", "TextOrPair"]
@@ -25,7 +25,7 @@ TextOrPair: TypeAlias = str | tuple[str, str]  # a text, or a text and another
 Doubles = NDArray[np.float64]
 
 
-class SequenceModel(TaskModel):
+class SequenceModel(TextModel):
     """A model whose graph gives ``logits`` (rows, labels); its subclasses say what they mean."""
 
     def __init__(

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
 
 from qingyu.errors import (
     InvalidOptionError,
@@ -22,8 +24,8 @@ from qingyu.errors import (
     UnknownTokenWarning,
     UnsupportedModelError,
 )
-from qingyu.runtime.batching import Workers
-from qingyu.runtime.engine import Floats, TokenBatch
+from qingyu.runtime.batching import Workers, windows
+from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
@@ -31,11 +33,22 @@ from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import unit
 
-__all__ = ["BUNDLED", "OpenOptions", "Report", "TaskModel", "find_model", "listed", "open_model"]
+__all__ = [
+    "BUNDLED",
+    "OpenOptions",
+    "Report",
+    "TaskModel",
+    "TextModel",
+    "TokenRow",
+    "find_model",
+    "listed",
+    "open_model",
+]
 
 BUNDLED = "qingyu-mini-zh"  # the model that travels in the package
 
 M = TypeVar("M", bound="TaskModel")
+T = TypeVar("T", bound="TextModel")
 
 UNKNOWN_LIMIT = 0.1  # above this share of unknown tokens a result says little about its text
 
@@ -182,7 +195,7 @@ class TaskModel:
         options.check()
         folder = find_model(name_or_folder)
         spec = read_spec(folder)
-        _check_task(cls, folder, spec)
+        cls._check(folder, spec)
         check_file(folder, "tokenizer.json", spec.files["tokenizer.json"])
         tokenizer = Tokenizer.from_file(
             folder / "tokenizer.json",
@@ -197,6 +210,17 @@ class TaskModel:
         # What to open again elsewhere: a bundle itself, for it may be unpacked for this process only.
         model._origin = Path(name_or_folder).resolve() if Path(name_or_folder).is_file() else folder
         return model
+
+    @classmethod
+    def _check(cls, folder: Path, spec: ModelSpec) -> None:
+        """Raise ``UnsupportedModelError`` for a folder that is not for this class."""
+        if spec.task != cls.TASK:
+            raise UnsupportedModelError(
+                f"{folder} is no model for {cls.__name__}",
+                expected=f"a model folder of the task {cls.TASK}",
+                found=f"the task {spec.task}",
+                remedy=f"Open it with {OPENED_BY[spec.task][1]}, or export the checkpoint with --task {cls.TASK}.",
+            )
 
     def tokenize(self, text: str) -> TokenizedText:
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
@@ -239,6 +263,55 @@ class TaskModel:
         return _reopen, (type(self), self._origin, self._options)
 
 
+@dataclass(frozen=True, eq=False)
+class TokenRow:
+    """A text as a row to run, and what each of its tokens is from."""
+
+    ids: Ids
+    tokenized: TokenizedText
+
+
+class TextModel(TaskModel):
+    """A model that reads texts as they are, opened with every option there is."""
+
+    @classmethod
+    def open(
+        cls: type[T],
+        name_or_folder: str | os.PathLike[str],
+        *,
+        profile: Profile = "throughput",
+        threads: int | None = None,
+        max_memory_mb: int | None = None,
+        special_tokens: Literal["parse", "text"] = "parse",
+        unicode_form: Literal["NFKC"] | None = None,
+        self_check: bool = True,
+    ) -> T:
+        """The model of a folder that was exported for this class.
+
+        Options and errors are those of ``Embedder.open``, and ``UnsupportedModelError`` for any other folder.
+        """
+        return cls._opened(
+            name_or_folder,
+            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
+        )
+
+    def _token_windows(
+        self, texts: Iterable[str], report: Report
+    ) -> Iterator[tuple[tuple[list[str], list[TokenRow]], list[TokenRow]]]:
+        """Windows of texts with their rows, and the rows again as what is run; counted in ``report``."""
+        for window in windows(texts):
+            rows = [self._token_row(text, report) for text in window]
+            yield (window, rows), rows
+
+    def _token_row(self, text: str, report: Report) -> TokenRow:
+        tokenized = self._tokenizer.tokenize(text)
+        unknown = self._tokenizer.unknown_id
+        count = 0 if unknown is None else tokenized.ids.count(unknown)
+        ids = np.array(tokenized.ids, dtype=np.int64)
+        report.add([EncodedText(ids, count, tokenized.truncated)])
+        return TokenRow(ids, tokenized)
+
+
 def _reopen(kind: type[TaskModel], folder: Path, options: OpenOptions) -> TaskModel:
     return kind._opened(folder, options)
 
@@ -262,16 +335,6 @@ def listed(texts: str | Iterable[str]) -> list[str]:
             remedy="Pass a list of texts.",
         )
     return list(texts)
-
-
-def _check_task(kind: type[TaskModel], folder: Path, spec: ModelSpec) -> None:
-    if spec.task != kind.TASK:
-        raise UnsupportedModelError(
-            f"{folder} is no model for {kind.__name__}",
-            expected=f"a model folder of the task {kind.TASK}",
-            found=f"the task {spec.task}",
-            remedy=f"Open it with {OPENED_BY[spec.task][1]}, or export the checkpoint with --task {kind.TASK}.",
-        )
 
 
 def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> Plan:

@@ -6,24 +6,22 @@ training such a model.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.runtime.batching import ItemBatcher, windows
-from qingyu.runtime.engine import Ids, TokenBatch
+from qingyu.runtime.batching import ItemBatcher
+from qingyu.runtime.engine import TokenBatch
 from qingyu.runtime.memory import Plan
-from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.scores import softmax
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec, Task
-from qingyu.runtime.task import OpenOptions, Report, TaskModel, listed
-from qingyu.runtime.tokenizer import EncodedText, TokenizedText, Tokenizer
+from qingyu.runtime.task import Report, TextModel, TokenRow, listed
+from qingyu.runtime.tokenizer import TokenizedText, Tokenizer
 
 __all__ = ["Entity", "Tagged", "TaggedToken", "TokenClassifier", "grouped"]
 
@@ -62,13 +60,7 @@ class Tagged:
     tokens: tuple[TaggedToken, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
-    ids: Ids
-    tokenized: TokenizedText
-
-
-class TokenClassifier(TaskModel):
+class TokenClassifier(TextModel):
     """Finds entities in texts with one model; thread-safe, fork-safe, and a context manager.
 
     Open one with ``TokenClassifier.open``. The graph is loaded when first needed; ``close()`` frees it.
@@ -80,29 +72,8 @@ class TokenClassifier(TaskModel):
         self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
     ) -> None:
         super().__init__(folder, spec, tokenizer, engine, steps)
-        self._batcher: ItemBatcher[_Row, NDArray[np.float64]] = ItemBatcher(
+        self._batcher: ItemBatcher[TokenRow, NDArray[np.float64]] = ItemBatcher(
             workers=self._workers, token_budget=steps.token_budget, run=self._run
-        )
-
-    @classmethod
-    def open(
-        cls,
-        name_or_folder: str | os.PathLike[str],
-        *,
-        profile: Profile = "throughput",
-        threads: int | None = None,
-        max_memory_mb: int | None = None,
-        special_tokens: Literal["parse", "text"] = "parse",
-        unicode_form: Literal["NFKC"] | None = None,
-        self_check: bool = True,
-    ) -> TokenClassifier:
-        """The model of a folder that was exported for tagging.
-
-        Options and errors are those of ``Embedder.open``, and ``UnsupportedModelError`` for a model of another task.
-        """
-        return cls._opened(
-            name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
         )
 
     def tag(self, texts: str | Iterable[str], *, report: Report | None = None) -> list[Tagged]:
@@ -117,26 +88,13 @@ class TokenClassifier(TaskModel):
         """The same for an iterable of any length, in bounded memory."""
         counted = Report() if report is None else report
 
-        def encoded() -> Iterator[tuple[tuple[list[str], list[_Row]], list[_Row]]]:
-            for window in windows(texts):
-                rows = [self._row(text, counted) for text in window]
-                yield (window, rows), rows
-
-        for (window, rows), scores in self._batcher.run_windows(encoded()):
+        for (window, rows), scores in self._batcher.run_windows(self._token_windows(texts, counted)):
             for text, row, own in zip(window, rows, scores, strict=True):
                 tokens = tuple(_tokens(row.tokenized, own, self.spec.labels))
                 yield Tagged(text, tuple(grouped(text, tokens)), tokens)
         counted.warn()
 
-    def _row(self, text: str, report: Report) -> _Row:
-        tokenized = self._tokenizer.tokenize(text)
-        unknown = self._tokenizer.unknown_id
-        count = 0 if unknown is None else tokenized.ids.count(unknown)
-        ids = np.array(tokenized.ids, dtype=np.int64)
-        report.add([EncodedText(ids, count, tokenized.truncated)])
-        return _Row(ids, tokenized)
-
-    def _run(self, rows: Sequence[_Row]) -> list[NDArray[np.float64]]:
+    def _run(self, rows: Sequence[TokenRow]) -> list[NDArray[np.float64]]:
         batch = TokenBatch.pad([row.ids for row in rows], self._tokenizer.pad_id)
         logits = self._engine.run(batch, ("token_logits",))[0]
         return [softmax(own[: len(row.ids)]) for own, row in zip(logits, rows, strict=True)]
