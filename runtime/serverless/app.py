@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from qingyu.errors import InvalidOptionError, QingyuError
 from qingyu.runtime import wire
+from qingyu.runtime.engine import Floats
 from qingyu.runtime.wire import Limits, Reply, RequestError, Style
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class App:
             raise RequestError(413, f"expected a body of at most {self._settings.limits.body_bytes} bytes")
         return wire.parse_json(request.body)
 
-    def _embed(self, asked: wire.EmbeddingRequest) -> tuple[wire.Floats, int]:
+    def _embed(self, asked: wire.EmbeddingRequest) -> tuple[Floats, int]:
         from qingyu.runtime.task import Report
 
         report = Report()
