@@ -189,25 +189,10 @@ class Embedder(TaskModel):
 
     def tokenize(self, text: str, *, prompt: str | None = None) -> TokenizedText:
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
-        return self._tokenizer.tokenize(text, prompt=self._prompt(prompt))
+        return self._tokenizer.tokenize(text, prompt=self.spec.prompt_text(prompt))
 
     def __repr__(self) -> str:
         return f"<Embedder {self.spec.name} {self.spec.precision}, {self.spec.dim} dimensions, {self.folder}>"
-
-    def _prompt(self, prompt: str | None) -> str:
-        name = self.spec.default_prompt if prompt is None else prompt
-        if name is None:
-            return ""
-        if name in self.spec.prompts:
-            return self.spec.prompts[name]
-        if name in ("query", "passage"):
-            raise InvalidOptionError(
-                f"{self.spec.name} has no prompt {name!r}",
-                expected=f"one of {sorted(self.spec.prompts)}" if self.spec.prompts else "no prompt",
-                found=repr(name),
-                remedy="Pass the prompt's text itself, or name it at export with --prompt NAME=TEXT.",
-            )
-        return name
 
     def _blocks(
         self,
@@ -218,8 +203,8 @@ class Embedder(TaskModel):
         long: _Long,
         report: Report,
     ) -> Iterator[Block]:
-        prefix = self._prompt(prompt)
-        width = _check_dim(dim, self.spec)
+        prefix = self.spec.prompt_text(prompt)
+        width = self.spec.width(dim)
         to_unit = self.spec.normalize if normalize is None else normalize
         long.check(self.spec)
 
@@ -306,16 +291,3 @@ def _largest(vectors: Floats, tokens: Ids) -> Floats:
 
 CUT = ("truncate", "error")
 COMBINED: Mapping[str, Callable[[Floats, Ids], Floats]] = {"mean": _weighted_mean, "max": _largest}
-
-
-def _check_dim(dim: int | None, spec: ModelSpec) -> int:
-    if dim is None:
-        return spec.dim
-    if not 1 <= dim <= spec.dim:
-        raise InvalidOptionError(
-            "dim",
-            expected=f"1 to {spec.dim}",
-            found=str(dim),
-            remedy=f"{spec.name} has {spec.dim} dimensions.",
-        )
-    return dim
