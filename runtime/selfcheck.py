@@ -78,6 +78,11 @@ class CheckedEngine:
         _ENGINES.add(self)
 
     @property
+    def spec(self) -> ModelSpec:
+        """The manifest of the graph in use, with the precision of the fallback where that took over."""
+        return self._engine.spec
+
+    @property
     def settings(self) -> Settings:
         """Those of the profile."""
         return self._engine.settings
@@ -147,7 +152,11 @@ class CheckedEngine:
 
     def _fall_back(self, spec: ModelSpec, golden: Golden, fallback: str, failed: SelfCheck) -> None:
         error = _kernel_error(self._engine, failed)
-        other = self._engine.with_spec(dataclasses.replace(spec, graph=fallback, edge=None))
+        other = self._engine.with_spec(
+            dataclasses.replace(
+                spec, graph=fallback, edge=None, precision="fp32", recipe=None, weight_bits=None
+            )
+        )
         try:
             found = self._recall_or_examine(other, golden)
             if found.result == "failed":
