@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -47,10 +47,9 @@ from qingyu.runtime.search.database import FILE, Database, Piece
 from qingyu.runtime.search.graph import EXACT, SEARCH_WIDTH, FileFacts, Graph, GraphShape, damaged
 from qingyu.runtime.search.terms import terms_for
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["LocalStore"]
+
+S = TypeVar("S", bound="LocalStore")
 
 LOCK = "lock"
 LEAST_TAIL = 4096  # pieces that are compared one by one in less than a millisecond
@@ -284,7 +283,7 @@ class LocalStore:
                 self._database.close()
                 _unlock(self._lock)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: S) -> S:
         return self
 
     def __exit__(
