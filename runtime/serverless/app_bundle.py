@@ -290,13 +290,12 @@ def _no_package(package: str, found: str, machine: Machine | None = None) -> Ope
 def _own_files(target: Target) -> Iterator[_File]:
     """What of qingyu runs; however it is installed, its modules say where they lie."""
     import qingyu
-    import qingyu.cli
     import qingyu.runtime
     import qingyu.runtime.serverless
 
     folders = {
         "qingyu": Path(qingyu.__file__).parent,
-        "qingyu/cli": Path(qingyu.cli.__file__).parent,
+        "qingyu/cli": Path(qingyu.__file__).parent / "cli",
         "qingyu/runtime": Path(qingyu.runtime.__file__).parent,
         "qingyu/runtime/serverless": Path(qingyu.runtime.serverless.__file__).parent,
     }
