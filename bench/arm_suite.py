@@ -53,6 +53,13 @@ WHEELS = (
     *("pytest", "pluggy", "iniconfig", "packaging", "pygments"),
     *("hypothesis", "attrs", "sortedcontainers"),
 )
+# Tests start Python by this name.
+RUN_TESTS = """
+import sys
+sys.executable = sys.argv[1]
+import pytest
+raise SystemExit(pytest.main(sys.argv[2:]))
+"""
 SECONDS = 5400
 TEXT = "今天天气真好"
 
@@ -89,7 +96,9 @@ def run_tests(
         )
     with tempfile.TemporaryDirectory(prefix="qingyu-arm-") as scratch:
         tree = _tree(Path(scratch), root)
-        line, environment = _line(cpu, tools, tree, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests])
+        again = _emulated_python(cpu, tools.absolute(), tree)
+        arguments = ["-c", RUN_TESTS, str(again), "-q", "-p", "no:cacheprovider", *tests]
+        line, environment = _line(cpu, tools, tree, arguments)
         environment["PYTHONPATH"] += f":{tools / 'test-site'}"
         done = subprocess.run(
             line, env=environment, cwd=tree, capture_output=True, text=True, timeout=SECONDS, check=False
@@ -132,6 +141,16 @@ def _line(cpu: Cpu, tools: Path, tree: Path, arguments: Sequence[str]) -> tuple[
     line, environment = command(cpu, tools.absolute(), tree, tree / "job.json")
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tree)}
     return [*line[: line.index("-m")], *arguments], environment
+
+
+def _emulated_python(cpu: Cpu, tools: Path, tree: Path) -> Path:
+    """A program that is the emulated Python, for tests that start one: this machine cannot run the real one."""
+    line, _ = _line(cpu, tools, tree, [])
+    program = tree / "python"
+    emulated = shlex.join(line[line.index(str(tree)) + 1 :])
+    program.write_text(f'#!/bin/sh\nexec {emulated} "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    return program
 
 
 def _tree(scratch: Path, root: Path) -> Path:
