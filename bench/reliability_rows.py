@@ -19,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,7 +170,7 @@ def hostile_folders(setting: Setting) -> Found:
     shutil.rmtree(copy)
     found = tests(
         setting,
-        "tests/runtime/test_onnxruntime_engine.py::TestExternalData",
+        "tests/runtime/test_onnxruntime_engine.py::TestGraph",
         "tests/runtime/test_tokenizer.py",
         "tests/runtime/test_bundle.py",
         "tests/runtime/test_hostile.py",
@@ -467,14 +468,14 @@ def forks(setting: Setting) -> Found:
     repeats = 3 if setting.quick else 20
     plain = child("forks", setting.model, repeats)
     try:
-        import gunicorn
-    except ImportError:
+        gunicorn = version("gunicorn")
+    except PackageNotFoundError:
         return missing("needs gunicorn")
     runs = [_gunicorn(setting) for _ in range(repeats)]
     slowest = max(run["exit_s"] for run in runs)
     bad = [run for run in runs if run["trouble"]]
     figure = (
-        f"gunicorn {gunicorn.__version__}: {repeats - len(bad)} of {repeats} sound, slowest exit {slowest:.2f} s; "
+        f"gunicorn {gunicorn}: {repeats - len(bad)} of {repeats} sound, slowest exit {slowest:.2f} s; "
         f"forks: {_counted(plain['ends'])}, slowest {plain['slowest_s']} s"
     )
     met = not bad and slowest < 2 and plain["ends"] == {"exit 0": repeats} and plain["slowest_s"] < 2
