@@ -17,6 +17,7 @@
     │   ├── MemoryBudgetError      a memory budget too small for the model
     │   ├── OutputError            a result cannot be written
     │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
+    │   ├── ClusterError           a Ray cluster cannot be reached, is too small, or has failed
     │   ├── KernelError            this machine computes wrong vectors with this model
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
@@ -38,6 +39,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ClosedError",
+    "ClusterError",
     "CorruptFileError",
     "DataFileError",
     "DocumentError",
@@ -157,6 +159,10 @@ class OutputError(OperatorError):
 
 class StoreError(OperatorError):
     """A store of vectors is not where it was named, is in use by another writer, or cannot be reached."""
+
+
+class ClusterError(OperatorError):
+    """A Ray cluster cannot be reached, is too small for the job, or has failed."""
 
 
 class KernelError(OperatorError):
