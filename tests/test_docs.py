@@ -64,6 +64,9 @@ def desk(tiny_checkpoint, tiny_model, head_checkpoint, tmp_path):
     }
     for name, content in files.items():
         (tmp_path / name).write_text("\n".join(content) + "\n", encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    rows = [json.dumps({"id": n, "text": line}, ensure_ascii=False) for n, line in enumerate(lines)]
+    (tmp_path / "docs" / "all.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return tmp_path
 
 
@@ -81,6 +84,8 @@ def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model, t
     if any(re.match("qingyu adapt (contrast|classify|tag|distil)", line) for line in lines):
         for package in TRAINING:
             pytest.importorskip(package)
+    if any("--ray " in line for line in lines):
+        pytest.importorskip("ray")
     for command, name, model in (("export", "bge", tiny_model), ("quantize", "bge-int8", tiny_int8)):
         if not any(f"qingyu {command} " in line for line in lines):
             shutil.copytree(model, desk / "out" / name)
