@@ -227,6 +227,16 @@ class TaskModel:
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
         return self._tokenizer.tokenize(text)
 
+    @property
+    def options(self) -> OpenOptions:
+        """How it was opened."""
+        return self._options
+
+    @property
+    def origin(self) -> Path:
+        """What to open it from again, here or in another process: its folder, or the bundle that it is from."""
+        return self._origin
+
     def load(self) -> None:
         """Load the graph, and check the machine, now instead of at the first text."""
         self._engine.open()
