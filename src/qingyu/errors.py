@@ -18,6 +18,7 @@
     │   ├── OutputError            a result cannot be written
     │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
     │   ├── KernelError            this machine computes wrong vectors with this model
+    │   ├── OverloadedError        more work waits than can be done in time
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
     │   ├── ManifestError          qingyu.json is not a valid manifest
@@ -57,6 +58,7 @@ __all__ = [
     "OfflineError",
     "OperatorError",
     "OutputError",
+    "OverloadedError",
     "QingyuError",
     "SourceError",
     "StoreError",
@@ -161,6 +163,10 @@ class StoreError(OperatorError):
 
 class KernelError(OperatorError):
     """A model's golden vectors do not come out on this machine, so none of its vectors can be trusted."""
+
+
+class OverloadedError(OperatorError):
+    """More work waits than can be done in the time allowed; later, the same call may succeed."""
 
 
 class ClosedError(OperatorError):
