@@ -292,6 +292,16 @@ class Embedder(TaskModel):
                 split.append(_Pieces(place, read))
         return split
 
+    def run_token_states(self, rows: Sequence[EncodedText]) -> list[Floats]:
+        """Run rows that ``prepare`` gave as one micro-batch: of each the last layer's states, float32 (tokens, hidden).
+
+        Special tokens are among them. Raises what the engine raises.
+        """
+        batch = TokenBatch.pad([row.ids for row in rows], self._tokenizer.pad_id)
+        states = self._engine.run(batch, ("token_states",))[0]
+        # A copy, since a view would keep the whole micro-batch alive.
+        return [own[: len(row.ids)].copy() for own, row in zip(states, rows, strict=True)]
+
     def _pooled(self, batch: TokenBatch) -> Floats:
         return self._engine.run(batch, ("pooled",))[0]
 

@@ -253,6 +253,11 @@ class TaskModel:
         return values
 
     @property
+    def options(self) -> OpenOptions:
+        """How it was opened."""
+        return self._options
+
+    @property
     def running_spec(self) -> ModelSpec:
         """The manifest of what runs: of the FP32 graph, where the self-check made it take over."""
         return self._engine.spec
@@ -330,11 +335,11 @@ def _reopen(kind: type[TaskModel], folder: Path, options: OpenOptions) -> TaskMo
     return kind._opened(folder, options)
 
 
-def open_model(folder: Path) -> TaskModel:
+def open_model(folder: Path, options: OpenOptions | None = None) -> TaskModel:
     """The model of a folder, whatever its task; raises what the ``open`` of its class raises."""
     module, name = OPENED_BY[read_spec(folder).task]
     kind: type[TaskModel] = getattr(import_module(module), name)
-    return kind._opened(folder, OpenOptions())
+    return kind._opened(folder, OpenOptions() if options is None else options)
 
 
 def listed(texts: str | Iterable[str]) -> list[str]:

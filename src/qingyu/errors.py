@@ -19,6 +19,7 @@
     │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
     │   ├── KernelError            this machine computes wrong vectors with this model
     │   ├── OverloadedError        more work waits than can be done in time
+    │   ├── ListenError            an address that a server cannot listen at
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
     │   ├── ManifestError          qingyu.json is not a valid manifest
@@ -49,6 +50,7 @@ __all__ = [
     "InvalidOptionError",
     "InvalidTextError",
     "KernelError",
+    "ListenError",
     "ManifestError",
     "MemoryBudgetError",
     "MismatchError",
@@ -167,6 +169,10 @@ class KernelError(OperatorError):
 
 class OverloadedError(OperatorError):
     """More work waits than can be done in the time allowed; later, the same call may succeed."""
+
+
+class ListenError(OperatorError):
+    """A server cannot listen at the address that was named."""
 
 
 class ClosedError(OperatorError):
