@@ -81,6 +81,8 @@ def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model, t
     if any(re.match("qingyu adapt (contrast|classify|tag|distil)", line) for line in lines):
         for package in TRAINING:
             pytest.importorskip(package)
+    if any("--script" in line for line in lines):
+        pytest.importorskip("opencc")
     for command, name, model in (("export", "bge", tiny_model), ("quantize", "bge-int8", tiny_int8)):
         if not any(f"qingyu {command} " in line for line in lines):
             shutil.copytree(model, desk / "out" / name)
