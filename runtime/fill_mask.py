@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from qingyu.errors import (
     TextTooLongError,
     TokenizerError,
 )
-from qingyu.runtime.batching import ItemBatcher, windows
+from qingyu.runtime.batching import ItemBatcher, Prepared, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.onnxruntime_engine import Profile
@@ -108,6 +108,9 @@ class _Best(NamedTuple):
     logs: NDArray[np.float64]
 
 
+_Ready: TypeAlias = Prepared[_Row, list[_Best], list[FilledText]]
+
+
 class FillMask(TaskModel):
     """Predicts the words behind ``[MASK]`` with one model; thread-safe, fork-safe, and a context manager.
 
@@ -188,20 +191,41 @@ class FillMask(TaskModel):
     ) -> Iterator[FilledText]:
         """The same for an iterable of any length, in bounded memory."""
         counted = Report() if report is None else report
-        _check_top_k(top_k)
-        words = None if candidates is None else self._candidates(candidates)
 
-        def encoded() -> Iterator[tuple[_Window, list[_Row]]]:
+        def prepared() -> Iterator[tuple[_Ready, Sequence[_Row]]]:
             for window in windows(texts):
-                first = counted.texts
-                found = [self._masked(text, first + n) for n, text in enumerate(window)]
-                counted.add([EncodedText(self._ids(m), m.unknown, m.truncated) for m in found])
-                rows = [self._rows(masked, first + n, top_k, words) for n, masked in enumerate(found)]
-                yield _Window(window, found, [len(own) for own in rows]), [row for own in rows for row in own]
+                ready = self.prepare(window, top_k=top_k, candidates=candidates, report=counted)
+                yield ready, ready.rows
 
-        for window, results in self._batcher.run_windows(encoded()):
-            yield from self._filled(window, results, top_k, words)
+        _check_top_k(top_k)
+        for ready, results in self._batcher.run_windows(prepared()):
+            yield from ready.finish(results)
         counted.warn()
+
+    def prepare(
+        self,
+        texts: Sequence[str],
+        *,
+        top_k: int = 5,
+        candidates: Sequence[str] | None = None,
+        report: Report | None = None,
+    ) -> _Ready:
+        """What ``fill`` runs for these texts, to be run by somebody else: a scheduler, which mixes callers.
+
+        Options and errors as for ``fill``, but no warning of unknown tokens.
+        """
+        _check_top_k(top_k)
+        counted = Report() if report is None else report
+        words = None if candidates is None else self._candidates(candidates)
+        first = counted.texts
+        found = [self._masked(text, first + n) for n, text in enumerate(texts)]
+        counted.add([EncodedText(self._ids(m), m.unknown, m.truncated) for m in found])
+        rows = [self._rows(masked, first + n, top_k, words) for n, masked in enumerate(found)]
+        window = _Window(texts, found, [len(own) for own in rows])
+        return Prepared(
+            [row for own in rows for row in own],
+            lambda results: list(self._filled(window, results, top_k, words)),
+        )
 
     def pseudo_log_likelihood(self, texts: str | Iterable[str]) -> NDArray[np.float64]:
         """How likely each text is as a whole, natural logarithm, float64 (n,): Salazar et al. 2020, PLL.
@@ -374,7 +398,7 @@ class FillMask(TaskModel):
 class _Window(NamedTuple):
     """Consecutive texts, and how many rows each of them takes."""
 
-    texts: list[str]
+    texts: Sequence[str]
     masked: list[_Masked]
     rows: list[int]
 

@@ -24,7 +24,7 @@ from qingyu.errors import (
     UnknownTokenWarning,
     UnsupportedModelError,
 )
-from qingyu.runtime.batching import Workers, windows
+from qingyu.runtime.batching import Batcher, ItemBatcher, Workers, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
@@ -180,6 +180,7 @@ class TaskModel:
     """
 
     TASK: ClassVar[Task]
+    _batcher: Batcher | ItemBatcher[Any, Any]
 
     def __init__(
         self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
@@ -247,6 +248,19 @@ class TaskModel:
         batch = TokenBatch.pad([ids], self._tokenizer.pad_id)
         vector: Floats = unit(self._engine.probe(batch))[0]
         return vector
+
+    def run_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Run rows that ``prepare`` of the task gave, as one micro-batch in this thread; a value for each, in order.
+
+        They may be of several calls. Raises what the engine raises.
+        """
+        values: Sequence[Any] = self._batcher.run_rows(rows)
+        return values
+
+    @property
+    def running_spec(self) -> ModelSpec:
+        """The manifest of what runs: of the FP32 graph, where the self-check made it take over."""
+        return self._engine.spec
 
     def close(self) -> None:
         """Wait for runs under way and free the graph; later calls raise ``ClosedError``."""

@@ -93,6 +93,7 @@ def inside(name: str, allowed: tuple[str, ...]) -> bool:
 
 # Folder -> what of ours it may import besides itself. "qingyu" alone is the package, for its __version__.
 ALLOWED = {
+    "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime": ("qingyu.errors",),
     "qingyu.models.adapt": (
         "qingyu.errors",
@@ -155,7 +156,24 @@ def third_party(found: set[str]) -> set[str]:
     return names - set(sys.stdlib_module_names) - {"qingyu"}
 
 
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if inside(name, ("qingyu.runtime",))))
+# Subpackages of the runtime with an extra of their own: what they alone may import, in functions only.
+EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}}
+
+
+@pytest.mark.parametrize("subpackage", sorted(EXTRAS))
+def test_no_other_part_of_the_runtime_imports_a_subpackage_with_an_extra(subpackage):
+    others = [name for name in MODULES if layer_of(name) == "qingyu.runtime"]
+    assert not [name for name in others if any(inside(i, (subpackage,)) for i in imports_of(name))]
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if inside(name, tuple(EXTRAS))))
+def test_a_subpackage_with_an_extra_imports_it_in_functions_only(module):
+    extra = next(packages for name, packages in EXTRAS.items() if inside(module, (name,)))
+    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | extra
+    assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if layer_of(name) == "qingyu.runtime"))
 def test_the_runtime_uses_its_four_packages_only(module):
     assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | RUNTIME_EXTRAS.get(module, set())
     # The two large ones are loaded when a model is opened.

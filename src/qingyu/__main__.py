@@ -15,6 +15,7 @@ from qingyu.cli import (
     adapt,
     answer,
     bundle,
+    bundle_app,
     cache,
     classify,
     doctor,
@@ -50,6 +51,7 @@ COMMANDS = (
     cache,
     bundle,
     unbundle,
+    bundle_app,
 )
 
 EXIT_CODES = """\
