@@ -28,6 +28,7 @@ from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.scores import log_softmax
+from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec, Task
 from qingyu.runtime.task import OpenOptions, Report, TaskModel, listed
@@ -148,13 +149,14 @@ class FillMask(TaskModel):
         threads: int | None = None,
         max_memory_mb: int | None = None,
         unicode_form: Literal["NFKC"] | None = None,
+        script: Script | None = None,
         self_check: bool = True,
     ) -> FillMask:
         """The model of a folder that was exported for fill-mask; options and errors are those of ``Embedder.open``.
 
         ``UnsupportedModelError`` for a model folder of another task.
         """
-        options = OpenOptions(profile, threads, max_memory_mb, "parse", unicode_form, self_check)
+        options = OpenOptions(profile, threads, max_memory_mb, "parse", unicode_form, self_check, script)
         return cls._opened(name_or_folder, options)
 
     def fill(
@@ -301,7 +303,7 @@ class FillMask(TaskModel):
         return [self._candidate(word) for word in dict.fromkeys(candidates)]
 
     def _candidate(self, word: str) -> _Candidate:
-        known = self._tokenizer.id_of(word) if isinstance(word, str) else None
+        known = self._tokenizer.id_of(self._tokenizer.in_script(word)) if isinstance(word, str) else None
         ids = (
             (known,)
             if known is not None
