@@ -17,6 +17,7 @@ from qingyu.runtime.embedder import BUNDLED, Embedder, LongText
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.scheduler import Scheduler, Timing
+from qingyu.runtime.scripts import Script
 from qingyu.runtime.spec import ModelSpec
 from qingyu.runtime.task import Report, listed
 from qingyu.runtime.vectors import cosine
@@ -81,6 +82,7 @@ class AsyncEmbedder:
         max_memory_mb: int | None = None,
         special_tokens: Literal["parse", "text"] = "parse",
         unicode_form: Literal["NFKC"] | None = None,
+        script: Script | None = None,
         self_check: bool = True,
         max_wait: float | None = 1.0,
         max_queue: int | None = None,
@@ -102,6 +104,7 @@ class AsyncEmbedder:
                 max_memory_mb=max_memory_mb,
                 special_tokens=special_tokens,
                 unicode_form=unicode_form,
+                script=script,
                 self_check=self_check,
             )
             try:

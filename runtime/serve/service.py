@@ -78,6 +78,7 @@ class Served:
                 normalize=normalize,
                 special_tokens=options.special_tokens,
                 unicode_form=options.unicode_form,
+                script=options.script,
             )
             if len(self.known) >= 64:  # prompts may be any text
                 return found

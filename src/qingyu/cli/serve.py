@@ -66,6 +66,11 @@ def _add_opening(group: Any) -> None:  # noqa: ANN401 - argparse's private group
         help="whether a typed [MASK] is the special token, or plain text (embedding, predicting, reranking)",
     )
     group.add_argument("--nfkc", action="store_true", help="fold full-width and compatibility forms first")
+    group.add_argument(
+        "--script",
+        choices=("simplified", "traditional"),
+        help="read Chinese in this script, whatever it is written in (extra: opencc)",
+    )
 
 
 def _add_limits(group: Any) -> None:  # noqa: ANN401
@@ -107,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
             max_memory_mb=options.max_memory_mb,
             special_tokens=options.special_tokens,
             unicode_form="NFKC" if options.nfkc else None,
+            script=options.script,
         ),
         max_wait=options.max_wait,
         max_queue=options.max_queue,
