@@ -15,6 +15,7 @@ from qingyu.cli import (
     adapt,
     answer,
     bundle,
+    bundle_app,
     cache,
     classify,
     doctor,
@@ -25,6 +26,7 @@ from qingyu.cli import (
     pull,
     quantize,
     rerank,
+    serve,
     similarity,
     tag,
     unbundle,
@@ -40,6 +42,7 @@ COMMANDS = (
     tag,
     answer,
     rerank,
+    serve,
     pull,
     export,
     quantize,
@@ -50,6 +53,7 @@ COMMANDS = (
     cache,
     bundle,
     unbundle,
+    bundle_app,
 )
 
 EXIT_CODES = """\
