@@ -17,6 +17,7 @@ from qingyu.runtime.long_text import Count, pieces, spans
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.progress import progress_bar
+from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec, Task
 from qingyu.runtime.task import BUNDLED, OpenOptions, Report, TaskModel, find_model, listed
@@ -98,6 +99,7 @@ class Embedder(TaskModel):
         max_memory_mb: int | None = None,
         special_tokens: Literal["parse", "text"] = "parse",
         unicode_form: Literal["NFKC"] | None = None,
+        script: Script | None = None,
         self_check: bool = True,
     ) -> Embedder:
         """An embedder for a model folder or a bundle (the model in the package if none is named).
@@ -109,18 +111,19 @@ class Embedder(TaskModel):
         container's CPU quota allow. ``max_memory_mb``: the resident memory that this process may reach while
         embedding; it decides workers and token budget, and loads the graph at once. ``special_tokens="text"``
         reads a typed ``[MASK]`` as plain text instead of the special token. ``unicode_form="NFKC"`` folds
-        full-width and compatibility forms before tokenizing, which the reference does not do. ``self_check=False``
-        trusts this machine's arithmetic: else the model's golden texts are embedded before the first vector on a
-        machine, which takes milliseconds, and ``KernelError`` raised or, where the folder has an FP32 graph too,
-        ``FallbackWarning`` issued when their vectors are wrong.
+        full-width and compatibility forms before tokenizing, ``script="simplified"`` (or "traditional") reads
+        Chinese in that script, whatever it is written in (extra ``opencc``); the reference does neither.
+        ``self_check=False`` trusts this machine's arithmetic: else the model's golden texts are embedded before the
+        first vector on a machine, which takes milliseconds, and ``KernelError`` raised or, where the folder has an
+        FP32 graph too, ``FallbackWarning`` issued when their vectors are wrong.
 
         Raises ``ModelNotFoundError``, ``ManifestError``, ``CorruptFileError``, ``TokenizerError``,
-        ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``, ``UnsupportedModelError`` for a model of
-        another task, and for a bundle ``BundleError``, too.
+        ``GraphError``, ``InvalidOptionError``, ``MissingExtraError`` or ``MemoryBudgetError``,
+        ``UnsupportedModelError`` for a model of another task, and for a bundle ``BundleError``, too.
         """
         return cls._opened(
             name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
+            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, script),
         )
 
     @property
@@ -318,6 +321,16 @@ class Embedder(TaskModel):
             return [None if one.truncated else len(one.ids) - special for one in encoded]
 
         return count, self.spec.max_tokens - special
+
+    def run_token_states(self, rows: Sequence[EncodedText]) -> list[Floats]:
+        """Run rows that ``prepare`` gave as one micro-batch: of each the last layer's states, float32 (tokens, hidden).
+
+        Special tokens are among them. Raises what the engine raises.
+        """
+        batch = TokenBatch.pad([row.ids for row in rows], self._tokenizer.pad_id)
+        states = self._engine.run(batch, ("token_states",))[0]
+        # A copy, since a view would keep the whole micro-batch alive.
+        return [own[: len(row.ids)].copy() for own, row in zip(states, rows, strict=True)]
 
     def _pooled(self, batch: TokenBatch) -> Floats:
         return self._engine.run(batch, ("pooled",))[0]

@@ -15,6 +15,7 @@ from qingyu.cli import (
     adapt,
     answer,
     bundle,
+    bundle_app,
     cache,
     classify,
     doctor,
@@ -27,6 +28,7 @@ from qingyu.cli import (
     quantize,
     rerank,
     search,
+    serve,
     similarity,
     tag,
     unbundle,
@@ -44,6 +46,7 @@ COMMANDS = (
     rerank,
     index,
     search,
+    serve,
     pull,
     export,
     quantize,
@@ -54,6 +57,7 @@ COMMANDS = (
     cache,
     bundle,
     unbundle,
+    bundle_app,
 )
 
 EXIT_CODES = """\

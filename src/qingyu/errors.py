@@ -18,6 +18,8 @@
     │   ├── OutputError            a result cannot be written
     │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
     │   ├── KernelError            this machine computes wrong vectors with this model
+    │   ├── OverloadedError        more work waits than can be done in time
+    │   ├── ListenError            an address that a server cannot listen at
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
     │   ├── ManifestError          qingyu.json is not a valid manifest
@@ -48,6 +50,7 @@ __all__ = [
     "InvalidOptionError",
     "InvalidTextError",
     "KernelError",
+    "ListenError",
     "ManifestError",
     "MemoryBudgetError",
     "MismatchError",
@@ -57,6 +60,7 @@ __all__ = [
     "OfflineError",
     "OperatorError",
     "OutputError",
+    "OverloadedError",
     "QingyuError",
     "SourceError",
     "StoreError",
@@ -161,6 +165,14 @@ class StoreError(OperatorError):
 
 class KernelError(OperatorError):
     """A model's golden vectors do not come out on this machine, so none of its vectors can be trusted."""
+
+
+class OverloadedError(OperatorError):
+    """More work waits than can be done in the time allowed; later, the same call may succeed."""
+
+
+class ListenError(OperatorError):
+    """A server cannot listen at the address that was named."""
 
 
 class ClosedError(OperatorError):
