@@ -268,11 +268,6 @@ class TaskModel:
         return values
 
     @property
-    def options(self) -> OpenOptions:
-        """How it was opened."""
-        return self._options
-
-    @property
     def running_spec(self) -> ModelSpec:
         """The manifest of what runs: of the FP32 graph, where the self-check made it take over."""
         return self._engine.spec

@@ -52,6 +52,8 @@ Mode = Literal["vector", "words", "hybrid"]
 MODES: tuple[Mode, ...] = ("vector", "words", "hybrid")
 Rejected = Callable[[BadRow], None]
 
+FRONT_END = ("special_tokens", "unicode_form", "script")  # options of a model that change what it reads
+
 WINDOW = 512  # documents whose digests are looked up at once
 MOST_CHARACTERS = 1_000_000  # of one document: a few hundred pages, minutes of embedding
 CANDIDATES = 50  # of each ranking that is fused, and of what is reranked
@@ -85,6 +87,7 @@ def space_of(embedder: Embedder, *, metric: Metric = "cosine", prompts: Prompts 
             prompt=prompt,
             special_tokens=options.special_tokens,
             unicode_form=options.unicode_form,
+            script=options.script,
         )
         for prompt in used
     )
@@ -172,8 +175,7 @@ class SearchIndex:
                 "passage_prompt": prompts.passage,
                 "chunk_tokens": "" if chunk_tokens is None else str(chunk_tokens),
                 "overlap": str(overlap),
-                "special_tokens": embedder.options.special_tokens,
-                "unicode_form": embedder.options.unicode_form or "",
+                **{name: getattr(embedder.options, name) or "" for name in FRONT_END},
             }
             space = space_of(embedder, metric=metric, prompts=prompts)
             store = LocalStore.create(folder, space, precision=precision, words=words, facts=facts)
@@ -209,14 +211,14 @@ class SearchIndex:
             if isinstance(model, Embedder):
                 embedder = model
             else:
+                front_end: dict[str, Any] = {name: facts[name] or None for name in FRONT_END}
                 with _found(model, facts["model"], Path(folder)) as name:
                     embedder = Embedder.open(
                         name,
                         profile=profile,
                         threads=threads,
                         max_memory_mb=max_memory_mb,
-                        special_tokens="text" if facts["special_tokens"] == "text" else "parse",
-                        unicode_form="NFKC" if facts["unicode_form"] else None,
+                        **front_end,
                     )
             prompts = Prompts(
                 facts["query_prompt"] if query_prompt is None else embedder.spec.prompt_text(query_prompt),

@@ -40,7 +40,7 @@ EXAMPLES = {
 # Options of build that an index keeps: name of the option -> name of the fact.
 KEPT = ("metric", "precision", "words", "chunk_tokens", "overlap")
 PROMPTS = ("query_prompt", "passage_prompt")
-SHOWN = ("model", "fingerprint", "query_fingerprint", "dim", *KEPT, *PROMPTS, "unicode_form")
+SHOWN = ("model", "fingerprint", "query_fingerprint", "dim", *KEPT, *PROMPTS, "unicode_form", "script")
 DATABASE = "documents.sqlite"  # qingyu.runtime.search.database's (a test compares)
 
 
@@ -196,8 +196,7 @@ def _opened(options: argparse.Namespace) -> SearchIndex:
 def _check_kept(options: argparse.Namespace, facts: Mapping[str, str]) -> None:
     """Refuse options that an index which is there was not made with."""
     given = {name: getattr(options, name, None) for name in KEPT}
-    if options.nfkc:
-        given["unicode_form"] = "NFKC"
+    given |= {name: opening(options)[name] for name in ("unicode_form", "script")}
     for name, value in given.items():
         if value is not None and str(value) != facts[name]:
             raise InvalidOptionError(
