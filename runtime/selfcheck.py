@@ -212,8 +212,9 @@ def _compare(engine: OnnxRuntimeEngine, tokenizer: Tokenizer, golden: Golden) ->
 
 def probe(engine: OnnxRuntimeEngine, batch: TokenBatch) -> Floats:
     """What a model is known by, float32 (rows, dim): its vectors, or the first token's states in models with a head."""
-    if "pooled" in engine.spec.outputs:
-        return engine.run(batch, ("pooled",))[0]
+    for whole in ("pooled", "chosen_states"):  # of a graph with masks the first token's, as none is chosen
+        if whole in engine.spec.outputs:
+            return engine.run(batch, (whole,))[0]
     return np.ascontiguousarray(engine.run(batch, ("token_states",))[0][:, 0])
 
 

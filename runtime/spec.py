@@ -114,7 +114,8 @@ class ModelSpec:
     ``pooled`` (rows, dim) and ``hidden_state_0`` ... ``hidden_state_<layers>`` (rows, tokens, hidden). Of models
     with a head, whose ``dim`` is the hidden size and which have no use for pooling and normalization, there are
     instead of ``pooled`` the ``logits`` (rows, labels), ``token_logits`` (rows, tokens, labels) or ``mask_logits``
-    (masks, vocabulary); ``labels`` names the labels, and ``scores`` is the function from logits to scores.
+    (masks, vocabulary), and instead of ``token_states`` there may be ``chosen_states`` (rows or masks, hidden), those
+    that the head reads; ``labels`` names the labels, and ``scores`` is the function from logits to scores.
     ``files`` names every file that may be read. ``certificate`` is INT8 measured against FP32, as JSON.
     ``weight_bits`` is the width of quantized weights, ``float_layers`` names the linear layers that stayed FP32.
     ``golden`` are texts to test a machine with, ``fallback`` names an FP32 graph for machines that fail, and ``edge``

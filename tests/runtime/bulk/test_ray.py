@@ -219,7 +219,9 @@ def test_a_killed_driver_leaves_whole_parts_and_no_worker_and_the_next_run_goes_
     out = tmp_path / "out"
     arguments = ["embed", "--model", str(tiny_model), "--ray", "local", "--input", str(lines), "--keep", "id"]
     arguments += ["--output", str(out), "--block-mb", "0.03", "--workers", "1"]
-    driver = subprocess.Popen([sys.executable, "-m", "qingyu", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "qingyu", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     try:
         deadline = time.monotonic() + 100
         while len(list(out.glob("part-*"))) < 2:
