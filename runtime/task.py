@@ -234,6 +234,16 @@ class TaskModel:
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
         return self._tokenizer.tokenize(text)
 
+    @property
+    def options(self) -> OpenOptions:
+        """How it was opened."""
+        return self._options
+
+    @property
+    def origin(self) -> Path:
+        """What to open it from again, here or in another process: its folder, or the bundle that it is from."""
+        return self._origin
+
     def load(self) -> None:
         """Load the graph, and check the machine, now instead of at the first text."""
         self._engine.open()
@@ -339,11 +349,11 @@ def _reopen(kind: type[TaskModel], folder: Path, options: OpenOptions) -> TaskMo
     return kind._opened(folder, options)
 
 
-def open_model(folder: Path) -> TaskModel:
+def open_model(folder: Path, options: OpenOptions | None = None) -> TaskModel:
     """The model of a folder, whatever its task; raises what the ``open`` of its class raises."""
     module, name = OPENED_BY[read_spec(folder).task]
     kind: type[TaskModel] = getattr(import_module(module), name)
-    return kind._opened(folder, OpenOptions())
+    return kind._opened(folder, OpenOptions() if options is None else options)
 
 
 def listed(texts: str | Iterable[str]) -> list[str]:

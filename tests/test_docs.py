@@ -56,7 +56,9 @@ def desk(tiny_checkpoint, tiny_model, head_checkpoint, tmp_path):
     lines = [sentence + str(n) for sentence in SENTENCES for n in range(20)]
     labelled = [f"{line}\t{n % 2}" for n, line in enumerate(lines)]
     entities = [{"text": line, "entities": [{"start": 0, "end": 2, "label": "词"}]} for line in lines]
+    faq = [{"id": f"doc-{n}", "text": line, "type": "faq", "year": 2024} for n, line in enumerate(lines)]
     files = {
+        "documents.jsonl": [json.dumps(row, ensure_ascii=False) for row in faq],
         "texts.txt": lines,
         "pairs.tsv": ["anchor\tpositive", *(f"{line}\t{line[::-1]}" for line in lines)],
         "reviews.tsv": ["text\tlabel", *labelled],
@@ -87,8 +89,13 @@ def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model, t
         if not any(f"qingyu {command} " in line for line in lines):
             shutil.copytree(model, desk / "out" / name)
     if lines:
-        python = f'python() {{ "{sys.executable}" "$@"; }}\nqingyu() {{ python -m qingyu "$@"; }}\nset -euo pipefail\n'
-        run([shell, "-c", python + "\n".join(lines)], desk)
+        # Programs and not functions of the shell: a signal to one in the background reaches it itself.
+        for program, call in (("python", ""), ("qingyu", " -m qingyu")):
+            path = desk / "bin" / program
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f'#!/bin/sh\nexec "{sys.executable}"{call} "$@"\n', encoding="utf-8")
+            path.chmod(0o755)
+        run([shell, "-c", 'set -euo pipefail\nPATH="$PWD/bin:$PATH"\n' + "\n".join(lines)], desk)
     for block in blocks(page, "python"):
         run([sys.executable, "-W", "error::SyntaxWarning", "-c", block], desk)
 

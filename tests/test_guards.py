@@ -93,6 +93,7 @@ def inside(name: str, allowed: tuple[str, ...]) -> bool:
 
 # Folder -> what of ours it may import besides itself. "qingyu" alone is the package, for its __version__.
 ALLOWED = {
+    "qingyu.runtime.serve": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime": ("qingyu.errors",),
     "qingyu.models.adapt": (
@@ -174,6 +175,23 @@ def test_a_subpackage_with_an_extra_imports_it_in_functions_only(module):
     assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"}
 
 
+# The server is loaded by its command alone, after the door of its extra; so it may load its packages at once.
+SERVE = "qingyu.runtime.serve"
+SERVE_PACKAGES = {"uvicorn", "uvloop", "httptools", "orjson", "prometheus_client"}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if inside(name, (SERVE,))))
+def test_the_server_uses_the_packages_of_its_extra_and_those_of_the_runtime_only(module):
+    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | SERVE_PACKAGES
+
+
+def test_nothing_loads_the_server_but_its_command_inside_a_function():
+    users = {name for name in MODULES if layer_of(name) != SERVE}
+    users = {name for name in users if any(inside(i, (SERVE,)) for i in imports_of(name))}
+    assert {name for name in users if layer_of(name) != "qingyu.bench"} == {"qingyu.cli.serve"}
+    assert not [i for i in imports_when_loaded(MODULES["qingyu.cli.serve"]) if inside(i, (SERVE,))]
+
+
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if layer_of(name) == "qingyu.runtime"))
 def test_the_runtime_uses_its_four_packages_only(module):
     assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | RUNTIME_EXTRAS.get(module, set())
@@ -193,7 +211,7 @@ def test_a_module_imports_cleanly_and_all_of_its_public_names_exist(module):
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] in ("onnx", "safetensors", "torch", "optimum"):
+        if str(error.name).partition(".")[0] in ("onnx", "safetensors", "torch", "optimum", *SERVE_PACKAGES):
             pytest.skip(f"needs {error.name}")
         raise
     public = getattr(loaded, "__all__", [])

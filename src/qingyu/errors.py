@@ -19,6 +19,8 @@
     │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
     │   ├── UnsafeFolderError      somebody else can write where models are kept
     │   ├── KernelError            this machine computes wrong vectors with this model
+    │   ├── OverloadedError        more work waits than can be done in time
+    │   ├── ListenError            an address that a server cannot listen at
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
     │   ├── ManifestError          qingyu.json is not a valid manifest
@@ -49,6 +51,7 @@ __all__ = [
     "InvalidOptionError",
     "InvalidTextError",
     "KernelError",
+    "ListenError",
     "ManifestError",
     "MemoryBudgetError",
     "MismatchError",
@@ -58,6 +61,7 @@ __all__ = [
     "OfflineError",
     "OperatorError",
     "OutputError",
+    "OverloadedError",
     "QingyuError",
     "SourceError",
     "StoreError",
@@ -166,6 +170,14 @@ class UnsafeFolderError(OperatorError):
 
 class KernelError(OperatorError):
     """A model's golden vectors do not come out on this machine, so none of its vectors can be trusted."""
+
+
+class OverloadedError(OperatorError):
+    """More work waits than can be done in the time allowed; later, the same call may succeed."""
+
+
+class ListenError(OperatorError):
+    """A server cannot listen at the address that was named."""
 
 
 class ClosedError(OperatorError):
