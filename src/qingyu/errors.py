@@ -18,6 +18,7 @@
     │   ├── OutputError            a result cannot be written
     │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
     │   ├── ClusterError           a Ray cluster cannot be reached, is too small, or has failed
+    │   ├── UnsafeFolderError      somebody else can write where models are kept
     │   ├── KernelError            this machine computes wrong vectors with this model
     │   ├── OverloadedError        more work waits than can be done in time
     │   ├── ListenError            an address that a server cannot listen at
@@ -167,6 +168,10 @@ class StoreError(OperatorError):
 
 class ClusterError(OperatorError):
     """A Ray cluster cannot be reached, is too small for the job, or has failed."""
+
+
+class UnsafeFolderError(OperatorError):
+    """Somebody else can write to the folder where models are kept, so nothing there is read or written."""
 
 
 class KernelError(OperatorError):
