@@ -70,6 +70,7 @@ __all__ = [
     "TextTooLongError",
     "TokenizerError",
     "UnknownTokenWarning",
+    "UnsafeFolderError",
     "UnsupportedModelError",
     "VectorSpaceError",
 ]
