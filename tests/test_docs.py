@@ -56,7 +56,9 @@ def desk(tiny_checkpoint, tiny_model, head_checkpoint, tmp_path):
     lines = [sentence + str(n) for sentence in SENTENCES for n in range(20)]
     labelled = [f"{line}\t{n % 2}" for n, line in enumerate(lines)]
     entities = [{"text": line, "entities": [{"start": 0, "end": 2, "label": "词"}]} for line in lines]
+    faq = [{"id": f"doc-{n}", "text": line, "type": "faq", "year": 2024} for n, line in enumerate(lines)]
     files = {
+        "documents.jsonl": [json.dumps(row, ensure_ascii=False) for row in faq],
         "texts.txt": lines,
         "pairs.tsv": ["anchor\tpositive", *(f"{line}\t{line[::-1]}" for line in lines)],
         "reviews.tsv": ["text\tlabel", *labelled],

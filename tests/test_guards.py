@@ -102,7 +102,8 @@ ALLOWED = {
         "qingyu.models.export",
         "qingyu.models.extras",
     ),
-    "qingyu.models": ("qingyu.errors", "qingyu.runtime.spec"),
+    # The cache is written by models and read by runtime: both must call the same home safe.
+    "qingyu.models": ("qingyu.errors", "qingyu.runtime.spec", "qingyu.runtime.home"),
     "qingyu.quantize": ("qingyu.errors", "qingyu.runtime", "qingyu.models"),
     "qingyu.bench": ("qingyu.errors", "qingyu.runtime", "qingyu.models", "qingyu.quantize"),
     "qingyu.errors": (),

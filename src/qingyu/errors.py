@@ -17,6 +17,7 @@
     │   ├── MemoryBudgetError      a memory budget too small for the model
     │   ├── OutputError            a result cannot be written
     │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
+    │   ├── UnsafeFolderError      somebody else can write where models are kept
     │   ├── KernelError            this machine computes wrong vectors with this model
     │   ├── OverloadedError        more work waits than can be done in time
     │   ├── ListenError            an address that a server cannot listen at
@@ -161,6 +162,10 @@ class OutputError(OperatorError):
 
 class StoreError(OperatorError):
     """A store of vectors is not where it was named, is in use by another writer, or cannot be reached."""
+
+
+class UnsafeFolderError(OperatorError):
+    """Somebody else can write to the folder where models are kept, so nothing there is read or written."""
 
 
 class KernelError(OperatorError):
