@@ -370,7 +370,9 @@ class Scheduler:
             if delay > 0:
                 self._due = self._loop.call_later(delay, self._start_all)
                 return
-            rows = [row for row in lane.take(self._share(lane)) if not row.call.future.done()]
+            taken = lane.take(self._share(lane))
+            rows = [row for row in taken if not row.call.future.done()]
+            lane.withdrawn += len(taken) - len(rows)
             if rows:
                 self._start(lane, rows)
 
