@@ -68,6 +68,7 @@ __all__ = [
     "TextTooLongError",
     "TokenizerError",
     "UnknownTokenWarning",
+    "UnsafeFolderError",
     "UnsupportedModelError",
     "VectorSpaceError",
 ]
