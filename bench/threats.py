@@ -35,7 +35,10 @@ EMBEDDER = "tests/runtime/test_embedder.py"
 BUNDLE = "tests/runtime/test_bundle.py"
 SOURCES = "tests/models/test_sources.py"
 CACHE = "tests/models/test_cache.py"
+HOME = "tests/runtime/test_home.py"
 FORK = "tests/runtime/test_fork.py"
+SCHEDULER = "tests/runtime/test_scheduler.py"
+ASYNC = "tests/runtime/test_async_embedder.py"
 CPU = "tests/runtime/test_cpu.py"
 SERVERLESS = "tests/runtime/test_serverless.py"
 WIRE = "tests/runtime/test_wire.py"
@@ -220,12 +223,12 @@ THREATS = (
         FILES,
         "a cache folder that others can write",
         (
+            f"{HOME}::test_a_folder_that_everybody_may_write_to_is_refused",
+            f"{HOME}::test_a_folder_of_somebody_else_is_refused",
+            f"{HOME}::test_a_link_of_somebody_else_is_refused_and_one_of_our_own_followed",
+            f"{HOME}::test_what_is_made_is_for_this_user_alone_whatever_the_umask",
             f"{CACHE}::test_a_symbolic_link_in_place_of_a_file_is_replaced_and_its_target_left",
-            f"{CACHE}::test_removing_reaches_nothing_else",
         ),
-        (),
-        "folders are made for their owner alone (0700), but a QINGYU_HOME that already is open to others is used: "
-        "whoever may write there may put a whole model there, with true hashes",
     ),
     Threat(
         "A17",
@@ -389,7 +392,17 @@ THREATS = (
         ),
         (14,),
     ),
-    Threat("C6", PROCESS, "cancelled tasks", (), (), "see the tests of AsyncEmbedder"),
+    Threat(
+        "C6",
+        PROCESS,
+        "cancelled tasks",
+        (
+            f"{SCHEDULER}::test_half_of_a_thousand_calls_cancelled_before_they_start_are_never_run",
+            f"{SCHEDULER}::test_a_call_cancelled_while_it_runs_leaves_its_company_unharmed",
+            f"{ASYNC}::test_half_of_a_thousand_cancelled_calls_are_not_computed_and_the_rest_is_right",
+        ),
+        (15,),
+    ),
     Threat(
         "C7",
         PROCESS,
@@ -504,8 +517,19 @@ THREATS = (
         ),
     ),
     Threat("D1", HTTP, "ten times the load", (), (17,)),
-    Threat("D2", HTTP, "a queue bounded in time", (), (17,)),
-    Threat("D3", HTTP, "exact shedding", (), (17,)),
+    Threat(
+        "D2",
+        HTTP,
+        "a queue bounded in time",
+        (f"{SCHEDULER}::test_a_call_is_refused_when_what_waits_would_take_longer_than_it_may",),
+        (17,),
+    ),
+    Threat(
+        "D3",
+        HTTP,
+        "exact shedding",
+        (f"{SCHEDULER}::test_one_slot_and_a_queue_of_eight_refuse_exactly_two_of_ten",),
+    ),
     Threat("D4", HTTP, "clients that send or read slowly", (), (18,)),
     Threat(
         "D5",
