@@ -259,10 +259,12 @@ def test_too_little_memory_for_the_graph_is_one_of_our_errors_and_the_process_go
 
 
 def test_nothing_in_the_runtime_reads_the_clock_on_the_wall():
-    """A clock that jumps cannot end a wait early or late: all waiting is by the monotonic one."""
+    """A clock that jumps cannot end a wait early or late: all waiting is by the monotonic one. Logs tell the time."""
     wall = {"time", "time_ns", "now", "utcnow", "today", "localtime", "gmtime"}
     found = []
     for path in Path(qingyu.runtime.__file__).parent.rglob("*.py"):
+        if path.name == "telemetry.py":
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
