@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -127,13 +128,43 @@ def run_bundle(tools: Path, cpu: Cpu, bundle: Path) -> dict[str, Any]:
             runs[name] = subprocess.run(
                 line, env=environment, capture_output=True, text=True, timeout=600, check=False
             )
+        served = _served(cpu, tools, tree, bundle) if (bundle / "lib" / "uvicorn").is_dir() else {}
     failed = [run.stderr.strip().splitlines()[-1:] for run in runs.values() if run.returncode]
     if failed:
         return {"cpu": cpu.name, "bundle": str(bundle), "failed": failed}
     report = json.loads(runs["doctor"].stdout)
     shown = ("machine", "onnxruntime", "integer kernels", "self-check", "model check")
     dim = len(json.loads(runs["embed"].stdout)["vector"])
-    return {"cpu": cpu.name, "bundle": str(bundle), "dim": dim, **{key: report[key] for key in shown}}
+    return {
+        "cpu": cpu.name,
+        "bundle": str(bundle),
+        "dim": dim,
+        **{key: report[key] for key in shown},
+        **served,
+    }
+
+
+def _served(cpu: Cpu, tools: Path, tree: Path, bundle: Path) -> dict[str, Any]:
+    """What the bundle's server answers, and how it ends when it is told to."""
+    arguments = ["-m", "qingyu", "serve", "--port", "0", "--profile", "edge", "--model"]
+    line, environment = _line(cpu, tools, tree, [*arguments, str(bundle.absolute() / "model")])
+    environment |= {"PYTHONPATH": str(bundle.absolute() / "lib"), "QINGYU_HOME": str(tree / "home")}
+    server = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    address = ""
+    for entry in server.stderr:
+        event = json.loads(entry) if entry.startswith("{") else {}
+        address = event.get("address", address)
+        if event.get("event") == "ready":
+            break
+    body = json.dumps({"inputs": [TEXT]}).encode()
+    request = urllib.request.Request(f"{address}/embed", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        served = len(json.load(answer)[0])
+    server.terminate()
+    code = server.wait(120)
+    server.stderr.close()
+    return {"served_dim": served, "server_exit": code}
 
 
 def _line(cpu: Cpu, tools: Path, tree: Path, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
