@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from qingyu.__main__ import main
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 needs_search = pytest.mark.skipif(find_spec("usearch") is None, reason="needs the extra search")
@@ -68,3 +71,25 @@ def test_intents_are_routed_by_a_few_examples():
     }
     found = dict(line.split("\t")[:2] for line in run("intent_routing.py", *wanted, "这个公司的股票大跌了"))
     assert found == {**wanted, "这个公司的股票大跌了": "其他"}
+
+
+@needs_search
+def test_a_lambda_function_answers_events_of_api_gateway_from_an_index(tmp_path):
+    rows = [{"id": "a", "text": "在设置里修改登录密码"}, {"id": "b", "text": "四十八小时内发货"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert main(["index", "build", str(tmp_path / "d.jsonl"), str(tmp_path / "kb")]) == 0
+    program = f"""
+import json, os, runpy
+os.environ["QINGYU_INDEX"] = {str(tmp_path / "kb")!r}
+handler = runpy.run_path({str(EXAMPLES / "lambda_search.py")!r})["handler"]
+asked = [{{"q": "怎么改密码"}}, {{"q": "什么时候发货", "k": "1"}}, None]
+asked += [{{"q": "发货", "k": wrong}} for wrong in ("0", "x")]
+for given in asked:
+    answer = handler({{"version": "2.0", "queryStringParameters": given}}, None)
+    body = json.loads(answer["body"])
+    print(answer["statusCode"], *[hit["id"] for hit in body.get("hits", [])])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.splitlines() == ["200 a b", "200 b", "400", "400", "400"], done.stderr
