@@ -14,6 +14,7 @@ from qingyu import __version__
 from qingyu.cli import (
     adapt,
     answer,
+    bench,
     bundle,
     cache,
     classify,
@@ -46,6 +47,7 @@ COMMANDS = (
     verify,
     adapt,
     info,
+    bench,
     doctor,
     cache,
     bundle,
