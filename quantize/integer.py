@@ -11,7 +11,7 @@ a scale for each row of their input: they read few rows, so that costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from qingyu.models.export.builder import GraphBuilder
 from qingyu.models.export.graph import Select
 from qingyu.quantize.codes import SMALLEST, quantize_columns, quantize_rows
+from qingyu.quantize.halves import FLOAT, stored_halves
 from qingyu.quantize.inputs import Input, input_of, is_head
 from qingyu.quantize.ranges import Range
 
 __all__ = ["FLOORS", "MICROSOFT", "IntegerLinear", "Scale", "lookup_rows"]
 
 MICROSOFT = "com.microsoft"
-FLOAT = 1  # onnx.TensorProto.FLOAT
 
 Scale = Literal["row", "tensor", "static"]
 Floats = NDArray[np.float32]
@@ -69,7 +69,8 @@ class IntegerLinear:
     ``scales`` says how each input finds its scale. ``divisors`` (in,) are what inputs are divided by first, and
     ``ranges`` hold the range of each static one after that, both by the name of a linear layer. ``floor`` is the
     magnitude of the least value of the activation function, ``None`` if it has none. ``table_bits`` are the bits of
-    a table's codes, by its name, where they are not 8.
+    a table's codes, by its name, where they are not 8. ``narrow`` names the linear layers of the encoder that read
+    chosen states only.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class IntegerLinear:
         floor: float | None = None,
         weight_bits: int = 8,
         table_bits: Mapping[str, int] | None = None,
+        narrow: Collection[str] = (),
     ) -> None:
+        self._narrow = narrow
         self._table_bits = table_bits or {}
         self._scales, self._ranges, self._divisors = scales, ranges, divisors or {}
         self._floor = floor
@@ -108,7 +111,11 @@ class IntegerLinear:
             self._symmetric(graph, activation) if floor is None else self._floored(graph, activation, floor)
         )
         flat = graph.node("Squeeze", [scales, graph.ints(1)])
-        inputs = [activation, flat, self._zero_vector(graph, flat, zero_point, head=head)]
+        inputs = [
+            activation,
+            flat,
+            self._zero_vector(graph, flat, zero_point, few=head or name in self._narrow),
+        ]
         codes = graph.node("QuantizeLinear", inputs, attributes={"axis": 0})
         return Codes(codes, graph.constant(zero_point), graph.constant(np.float32(1)), scales)
 
@@ -126,10 +133,10 @@ class IntegerLinear:
         least = np.float32(floor / int(zero_point)) if floor else SMALLEST
         return graph.node("Max", [scales, graph.constant(least)]), zero_point
 
-    def _zero_vector(self, graph: GraphBuilder, scales: str, zero_point: np.uint8, *, head: bool) -> str:
-        # All activations of an encoder have the same number of rows, and those of a head, so one vector of zero
-        # points serves them all.
-        key = (int(zero_point), head)
+    def _zero_vector(self, graph: GraphBuilder, scales: str, zero_point: np.uint8, *, few: bool) -> str:
+        # All activations of an encoder have the same number of rows, and those of chosen states and a head, so one
+        # vector of zero points serves them all.
+        key = (int(zero_point), few)
         if key not in self._zeros:
             import onnx
 
@@ -174,6 +181,10 @@ class IntegerLinear:
     def lookup(self, graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
         """The selected rows of a table stored as int8 with a scale for each row."""
         return lookup_rows(graph, name, table, select, bits=self._table_bits.get(name, 8))
+
+    def stored(self, graph: GraphBuilder, name: str, weight: Floats) -> str:
+        """The weight as float16, widened."""
+        return stored_halves(graph, name, weight)
 
     def decode(self, graph: GraphBuilder, prepared: Codes, name: str, table: Floats, bias: Floats) -> str:
         """An integer product with the table's own codes: a row's scale is that of an output channel.

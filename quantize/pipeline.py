@@ -160,10 +160,10 @@ class PreparedSource:
 
     @cached_property
     def plan(self) -> GraphPlan:
-        """What the FP32 graph was written from."""
-        from qingyu.models.export.graph import read_plan
+        """What the FP32 graph was written from, without what no result is made of."""
+        from qingyu.models.export.graph import narrowed, read_plan
 
-        return read_plan(self.model / self.spec.graph)
+        return narrowed(read_plan(self.model / self.spec.graph))
 
     @cached_property
     def weights(self) -> Mapping[str, Weights]:
@@ -183,9 +183,10 @@ class PreparedSource:
         """The quantized graph."""
         from qingyu.quantize.recipes import write_quantized
 
+        whole = dataclasses.replace(self.plan, hidden_states=True, token_states=True)
         return write_quantized(
             recipe,
-            dataclasses.replace(self.plan, hidden_states=hidden_states or self.plan.hidden_states),
+            whole if hidden_states else self.plan,
             self.weights,
             statistics=self.statistics if recipe.needs_statistics else None,
             smoothing=recipe.smoothing if self.smoothing is None else self.smoothing,
@@ -193,9 +194,16 @@ class PreparedSource:
             keep_float=keep_float,
         )
 
+    def fallback(self) -> bytes:
+        """The FP32 graph with the inputs and outputs of the quantized one."""
+        from qingyu.models.export.graph import FloatLinear, write_graph
+
+        return write_graph(self.plan, self.weights, FloatLinear())
+
     def write(self, folder: Path, recipe: Recipe, *, keep_float: tuple[str, ...] = ()) -> ModelSpec:
         """Put the quantized model in ``folder``, instead of all that was in it; its spec, without a certificate."""
         from qingyu.models.export.folder import write_manifest
+        from qingyu.models.export.graph import output_names
 
         for file in folder.iterdir():
             file.unlink()
@@ -203,6 +211,7 @@ class PreparedSource:
         (folder / "tokenizer.json").write_bytes((self.model / "tokenizer.json").read_bytes())
         draft = dataclasses.replace(
             self.spec,
+            outputs=output_names(self.plan),
             precision=recipe.precision,
             recipe=recipe.name,
             weight_bits=self.weight_bits or recipe.weight_bits,
@@ -379,7 +388,7 @@ def _finish(
     if edge:
         spec = write_edge(folder, spec)
     if fallback:
-        (folder / FALLBACK).write_bytes((source.model / source.spec.graph).read_bytes())
+        (folder / FALLBACK).write_bytes(source.fallback())
         spec = dataclasses.replace(spec, fallback=FALLBACK)
     (folder / MANIFEST).unlink()
     return write_manifest(folder, spec)

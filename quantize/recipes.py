@@ -19,6 +19,7 @@ from qingyu.models.export.graph import (
     LinearWriter,
     Select,
     Weights,
+    narrow_names,
     write_graph,
 )
 from qingyu.quantize.folding import Folded, smooth, smooth_activations, without_spare_biases
@@ -209,6 +210,7 @@ def _integer(recipe: Recipe, plan: GraphPlan, folded: Folded, bits: int) -> Line
         floor=floor,
         weight_bits=bits,
         table_bits={WORDS: bits} if head is not None and head.tied else {},
+        narrow=narrow_names(plan),
     )
 
 
@@ -258,6 +260,10 @@ class _Partly:
     ) -> str:
         """As the other writer does it."""
         return self._writer.decode(graph, prepared[1], name, table, bias)
+
+    def stored(self, graph: GraphBuilder, name: str, weight: Weights) -> str:
+        """The weight, in FP32 or as the other writer does it."""
+        return (self._float if name in self._kept else self._writer).stored(graph, name, weight)
 
 
 def _needs_statistics(recipe: Recipe, smoothing: float | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.models.export.graph import read_plan, read_weights
+from qingyu.models.export.graph import narrowed, read_plan, read_weights
 from qingyu.quantize.inputs import linear_groups
 from qingyu.quantize.recipes import Recipe, write_quantized
 from qingyu.quantize.statistics import Statistics, token_batches
@@ -57,7 +57,7 @@ def sensitive_layers(
     spec = read_spec(model)
     check_file(model, spec.graph, spec.files[spec.graph])
     path = model / spec.graph
-    plan, weights = read_plan(path), read_weights(path)
+    plan, weights = narrowed(read_plan(path)), read_weights(path)
     batches = list(token_batches(model, spec, chosen, token_budget=TOKEN_BUDGET))
     reference = _pooled(path.read_bytes(), batches)
 

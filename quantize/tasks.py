@@ -369,7 +369,7 @@ def _finish(
     if edge:
         spec = write_edge(folder, spec)
     if fallback:
-        (folder / FALLBACK).write_bytes((source.model / source.spec.graph).read_bytes())
+        (folder / FALLBACK).write_bytes(source.fallback())
         spec = dataclasses.replace(spec, fallback=FALLBACK)
     (folder / MANIFEST).unlink()
     return write_manifest(folder, spec)

@@ -6,16 +6,15 @@ Blocks run in com.microsoft.MatMulNBits. Not here: integer products with one sca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.errors import UnsupportedModelError
 from qingyu.models.export.builder import GraphBuilder
 from qingyu.models.export.graph import Select
 from qingyu.quantize.codes import quantize_blocks
-from qingyu.quantize.integer import FLOAT, MICROSOFT, lookup_rows
+from qingyu.quantize.halves import halves, stored_halves, widened
+from qingyu.quantize.integer import MICROSOFT, lookup_rows
 
 __all__ = ["BlockLinear", "HalfLinear"]
 
@@ -90,6 +89,10 @@ class BlockLinear:
         )
         return graph.node("Add", [product, graph.weight(f"{name}.bias", bias)])
 
+    def stored(self, graph: GraphBuilder, name: str, weight: Floats) -> str:
+        """The weight as float16, widened."""
+        return stored_halves(graph, name, weight)
+
 
 class HalfLinear:
     """A ``LinearWriter`` that stores weights and tables as float16 and computes in FP32.
@@ -103,32 +106,18 @@ class HalfLinear:
 
     def apply(self, graph: GraphBuilder, prepared: str, name: str, weight: Floats, bias: Floats) -> str:
         """A MatMul and an Add."""
-        wide = _widened(graph, graph.weight(f"{name}.weight", _halves(name, weight)))
-        product = graph.node("MatMul", [prepared, wide])
+        product = graph.node("MatMul", [prepared, stored_halves(graph, name, weight)])
         return graph.node("Add", [product, graph.weight(f"{name}.bias", bias)])
 
     def lookup(self, graph: GraphBuilder, name: str, table: Floats, select: Select) -> str:
         """The selected rows of a table stored as float16."""
-        return _widened(graph, select(graph.weight(f"{name}.weight", _halves(name, table))))
+        return widened(graph, select(graph.weight(f"{name}.weight", halves(name, table))))
 
     def decode(self, graph: GraphBuilder, prepared: str, name: str, table: Floats, bias: Floats) -> str:
         """A Gemm with the table, which onnxruntime widens once for it."""
-        inputs = [prepared, _widened(graph, f"{name}.weight"), graph.weight(f"{name}.bias", bias)]
+        inputs = [prepared, widened(graph, f"{name}.weight"), graph.weight(f"{name}.bias", bias)]
         return graph.node("Gemm", inputs, attributes={"transB": 1})
 
-
-def _widened(graph: GraphBuilder, value: str) -> str:
-    return graph.node("Cast", [value], attributes={"to": FLOAT})
-
-
-def _halves(name: str, weight: Floats) -> NDArray[Any]:
-    largest = float(np.abs(weight).max(initial=0))
-    limit = float(np.finfo(np.float16).max)
-    if not largest <= limit:
-        raise UnsupportedModelError(
-            f"{name}.weight cannot be stored as float16",
-            expected=f"magnitudes up to {limit:g}",
-            found=f"{largest:g}",
-            remedy="Use another recipe.",
-        )
-    return weight.astype(np.float16)
+    def stored(self, graph: GraphBuilder, name: str, weight: Floats) -> str:
+        """The weight as float16, widened."""
+        return stored_halves(graph, name, weight)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from qingyu.runtime.tokenizer import EncodedText
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-__all__ = ["Batcher", "ItemBatcher", "Sequenced", "Workers", "micro_batches", "windows"]
+__all__ = ["Batcher", "ItemBatcher", "Prepared", "Sequenced", "Workers", "micro_batches", "windows"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -139,6 +139,17 @@ class Sequenced(Protocol):
 S = TypeVar("S", bound=Sequenced)
 
 
+@dataclass(frozen=True)
+class Prepared(Generic[S, V, R]):
+    """A call's rows to run, in any order and any company, and what makes the caller's result of theirs.
+
+    ``finish`` takes one value a row, in the order of ``rows``. Both may be called in any thread.
+    """
+
+    rows: Sequence[S]
+    finish: Callable[[Sequence[V]], R]
+
+
 @dataclass
 class _Running(Generic[T, R]):
     """One window under way: its result fills while its jobs end."""
@@ -202,6 +213,10 @@ class _Sorted(Generic[S, R]):
         """Run one micro-batch, and put its results at ``rows``."""
         raise NotImplementedError
 
+    def run_rows(self, texts: Sequence[S]) -> Sequence[Any]:
+        """Run one micro-batch in this thread: a value for each row, in their order."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Batcher(_Sorted[EncodedText, Floats]):
@@ -217,7 +232,11 @@ class Batcher(_Sorted[EncodedText, Floats]):
         return np.empty((count, self.dim), dtype=np.float32)
 
     def _fill(self, result: Floats, texts: Sequence[EncodedText], rows: NDArray[np.intp]) -> None:
-        result[rows] = self.run(TokenBatch.pad([text.ids for text in texts], self.pad_id))
+        result[rows] = self.run_rows(texts)
+
+    def run_rows(self, texts: Sequence[EncodedText]) -> Any:  # noqa: ANN401 - an array is its rows, if no Sequence
+        """The same, as an array (rows, dim)."""
+        return self.run(TokenBatch.pad([text.ids for text in texts], self.pad_id))
 
 
 @dataclass(frozen=True)
@@ -232,5 +251,9 @@ class ItemBatcher(_Sorted[S, list[V]]):
         return [None] * count  # type: ignore[list-item] # every one is replaced before a window is given out
 
     def _fill(self, result: list[V], texts: Sequence[S], rows: NDArray[np.intp]) -> None:
-        for row, value in zip(rows, self.run(texts), strict=True):
+        for row, value in zip(rows, self.run_rows(texts), strict=True):
             result[row] = value
+
+    def run_rows(self, texts: Sequence[S]) -> Sequence[V]:
+        """The same."""
+        return self.run(texts)

@@ -6,17 +6,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from qingyu.errors import InvalidOptionError, TextTooLongError
-from qingyu.runtime.batching import Batcher, windows
+from qingyu.runtime.batching import Batcher, Prepared, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.long_text import pieces
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.progress import progress_bar
+from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec, Task
 from qingyu.runtime.task import BUNDLED, OpenOptions, Report, TaskModel, find_model, listed
@@ -26,6 +27,7 @@ from qingyu.runtime.vectors import cosine, unit
 __all__ = ["BUNDLED", "Block", "Embedder", "Report", "find_model"]
 
 LongText = Literal["truncate", "error", "mean", "max"]
+_Ready: TypeAlias = Prepared[EncodedText, Floats, Floats]
 
 
 class Block(NamedTuple):
@@ -97,6 +99,7 @@ class Embedder(TaskModel):
         max_memory_mb: int | None = None,
         special_tokens: Literal["parse", "text"] = "parse",
         unicode_form: Literal["NFKC"] | None = None,
+        script: Script | None = None,
         self_check: bool = True,
     ) -> Embedder:
         """An embedder for a model folder or a bundle (the model in the package if none is named).
@@ -108,18 +111,19 @@ class Embedder(TaskModel):
         container's CPU quota allow. ``max_memory_mb``: the resident memory that this process may reach while
         embedding; it decides workers and token budget, and loads the graph at once. ``special_tokens="text"``
         reads a typed ``[MASK]`` as plain text instead of the special token. ``unicode_form="NFKC"`` folds
-        full-width and compatibility forms before tokenizing, which the reference does not do. ``self_check=False``
-        trusts this machine's arithmetic: else the model's golden texts are embedded before the first vector on a
-        machine, which takes milliseconds, and ``KernelError`` raised or, where the folder has an FP32 graph too,
-        ``FallbackWarning`` issued when their vectors are wrong.
+        full-width and compatibility forms before tokenizing, ``script="simplified"`` (or "traditional") reads
+        Chinese in that script, whatever it is written in (extra ``opencc``); the reference does neither.
+        ``self_check=False`` trusts this machine's arithmetic: else the model's golden texts are embedded before the
+        first vector on a machine, which takes milliseconds, and ``KernelError`` raised or, where the folder has an
+        FP32 graph too, ``FallbackWarning`` issued when their vectors are wrong.
 
         Raises ``ModelNotFoundError``, ``ManifestError``, ``CorruptFileError``, ``TokenizerError``,
-        ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``, ``UnsupportedModelError`` for a model of
-        another task, and for a bundle ``BundleError``, too.
+        ``GraphError``, ``InvalidOptionError``, ``MissingExtraError`` or ``MemoryBudgetError``,
+        ``UnsupportedModelError`` for a model of another task, and for a bundle ``BundleError``, too.
         """
         return cls._opened(
             name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
+            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, script),
         )
 
     @property
@@ -181,6 +185,32 @@ class Embedder(TaskModel):
         yield from self._blocks(texts, prompt, dim, normalize, _Long(long_text, overlap), counted)
         counted.warn()
 
+    def prepare(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str | None = None,
+        dim: int | None = None,
+        normalize: bool | None = None,
+        long_text: LongText = "truncate",
+        overlap: int = 0,
+        report: Report | None = None,
+    ) -> _Ready:
+        """What ``embed`` runs for these texts, to be run by somebody else: a scheduler, which mixes callers.
+
+        Options and errors as for ``embed``, but no warning of unknown tokens.
+        """
+        long = _Long(long_text, overlap)
+        long.check(self.spec)
+        return self._prepared(
+            texts,
+            self.spec.prompt_text(prompt),
+            self.spec.width(dim),
+            self.spec.normalize if normalize is None else normalize,
+            long,
+            Report() if report is None else report,
+        )
+
     def similarity(
         self, a: str | Iterable[str], b: str | Iterable[str], *, prompt: str | None = None
     ) -> Floats:
@@ -189,25 +219,10 @@ class Embedder(TaskModel):
 
     def tokenize(self, text: str, *, prompt: str | None = None) -> TokenizedText:
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
-        return self._tokenizer.tokenize(text, prompt=self._prompt(prompt))
+        return self._tokenizer.tokenize(text, prompt=self.spec.prompt_text(prompt))
 
     def __repr__(self) -> str:
         return f"<Embedder {self.spec.name} {self.spec.precision}, {self.spec.dim} dimensions, {self.folder}>"
-
-    def _prompt(self, prompt: str | None) -> str:
-        name = self.spec.default_prompt if prompt is None else prompt
-        if name is None:
-            return ""
-        if name in self.spec.prompts:
-            return self.spec.prompts[name]
-        if name in ("query", "passage"):
-            raise InvalidOptionError(
-                f"{self.spec.name} has no prompt {name!r}",
-                expected=f"one of {sorted(self.spec.prompts)}" if self.spec.prompts else "no prompt",
-                found=repr(name),
-                remedy="Pass the prompt's text itself, or name it at export with --prompt NAME=TEXT.",
-            )
-        return name
 
     def _blocks(
         self,
@@ -218,20 +233,31 @@ class Embedder(TaskModel):
         long: _Long,
         report: Report,
     ) -> Iterator[Block]:
-        prefix = self._prompt(prompt)
-        width = _check_dim(dim, self.spec)
+        prefix = self.spec.prompt_text(prompt)
+        width = self.spec.width(dim)
         to_unit = self.spec.normalize if normalize is None else normalize
         long.check(self.spec)
 
-        def encoded() -> Iterator[tuple[tuple[list[str], list[_Pieces]], list[EncodedText]]]:
+        def prepared() -> Iterator[tuple[tuple[list[str], _Ready], Sequence[EncodedText]]]:
             for window in windows(texts):
-                whole = self._encode(window, prefix, long.rule, report)
-                split = self._split(window, whole, prefix, long, report)
-                yield (window, split), _flat(whole, split)
+                ready = self._prepared(window, prefix, width, to_unit, long, report)
+                yield (window, ready), ready.rows
 
-        for (window, split), pooled in self._batcher.run_windows(encoded()):
-            cut = _joined(pooled, split, long.rule)[:, :width]
-            yield Block(window, unit(cut) if to_unit else np.ascontiguousarray(cut))
+        for (window, ready), pooled in self._batcher.run_windows(prepared()):
+            yield Block(window, ready.finish(pooled))  # type: ignore[arg-type] # an array is its rows
+
+    def _prepared(
+        self, texts: Sequence[str], prefix: str, width: int, to_unit: bool, long: _Long, report: Report
+    ) -> _Ready:
+        whole = self._encode(texts, prefix, long.rule, report)
+        split = self._split(texts, whole, prefix, long, report)
+
+        def finish(pooled: Sequence[Floats]) -> Floats:
+            vectors = np.asarray(pooled, dtype=np.float32).reshape(-1, self.spec.dim)
+            cut = _joined(vectors, split, long.rule)[:, :width]
+            return unit(cut) if to_unit else np.ascontiguousarray(cut)
+
+        return Prepared(_flat(whole, split), finish)
 
     def _encode(self, texts: Sequence[str], prefix: str, rule: LongText, report: Report) -> list[EncodedText]:
         first = report.texts
@@ -268,6 +294,16 @@ class Embedder(TaskModel):
                 report.replace(encoded, read)
                 split.append(_Pieces(place, read))
         return split
+
+    def run_token_states(self, rows: Sequence[EncodedText]) -> list[Floats]:
+        """Run rows that ``prepare`` gave as one micro-batch: of each the last layer's states, float32 (tokens, hidden).
+
+        Special tokens are among them. Raises what the engine raises.
+        """
+        batch = TokenBatch.pad([row.ids for row in rows], self._tokenizer.pad_id)
+        states = self._engine.run(batch, ("token_states",))[0]
+        # A copy, since a view would keep the whole micro-batch alive.
+        return [own[: len(row.ids)].copy() for own, row in zip(states, rows, strict=True)]
 
     def _pooled(self, batch: TokenBatch) -> Floats:
         return self._engine.run(batch, ("pooled",))[0]
@@ -306,16 +342,3 @@ def _largest(vectors: Floats, tokens: Ids) -> Floats:
 
 CUT = ("truncate", "error")
 COMBINED: Mapping[str, Callable[[Floats, Ids], Floats]] = {"mean": _weighted_mean, "max": _largest}
-
-
-def _check_dim(dim: int | None, spec: ModelSpec) -> int:
-    if dim is None:
-        return spec.dim
-    if not 1 <= dim <= spec.dim:
-        raise InvalidOptionError(
-            "dim",
-            expected=f"1 to {spec.dim}",
-            found=str(dim),
-            remedy=f"{spec.name} has {spec.dim} dimensions.",
-        )
-    return dim

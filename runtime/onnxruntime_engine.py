@@ -434,6 +434,7 @@ def _output_shape(
         "logits": (rows, len(spec.labels)),
         "token_logits": (rows, tokens, len(spec.labels)),
         "mask_logits": (masks, spec.architecture.vocab_size),
+        "chosen_states": (masks if "mask_positions" in spec.inputs else rows, spec.architecture.hidden_size),
     }.get(name, (rows, tokens, spec.architecture.hidden_size))
 
 

@@ -10,13 +10,13 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qingyu.errors import InvalidOptionError, InvalidTextError, TextTooLongError
-from qingyu.runtime.batching import ItemBatcher, windows
+from qingyu.runtime.batching import ItemBatcher, Prepared, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.scores import softmax
@@ -60,6 +60,9 @@ class _Row:
 class _Context(NamedTuple):
     text: str
     tokenized: TokenizedText
+
+
+_Ready: TypeAlias = Prepared[_Row, Floats, list[tuple[Answer, ...]]]
 
 
 class QuestionAnswerer(TextModel):
@@ -107,22 +110,54 @@ class QuestionAnswerer(TextModel):
         allow_none: bool = False,
     ) -> Iterator[tuple[Answer, ...]]:
         """The same for (question, context) pairs, any number of them, in their order."""
-        for option, value in (("top_k", top_k), ("max_answer_tokens", max_answer_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidOptionError(option, expected="at least 1", found=repr(value), remedy="Raise it.")
+        _check_counts(top_k=top_k, max_answer_tokens=max_answer_tokens)
 
-        def encoded() -> Iterator[tuple[list[tuple[_Context, list[_Row]]], list[_Row]]]:
+        def prepared() -> Iterator[tuple[_Ready, Sequence[_Row]]]:
             done = 0
             for window in windows(pairs):
-                found = [self._rows(pair, done + n) for n, pair in enumerate(window)]
+                ready = self.prepare(
+                    window,
+                    top_k=top_k,
+                    max_answer_tokens=max_answer_tokens,
+                    allow_none=allow_none,
+                    first=done,
+                )
                 done += len(window)
-                yield found, [row for _, rows in found for row in rows]
+                yield ready, ready.rows
 
-        for found, logits in self._batcher.run_windows(encoded()):
+        for ready, logits in self._batcher.run_windows(prepared()):
+            yield from ready.finish(logits)
+
+    def prepare(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        top_k: int = 1,
+        max_answer_tokens: int = 15,
+        allow_none: bool = False,
+        first: int = 0,
+    ) -> _Ready:
+        """What ``answer`` runs for these pairs, to be run by somebody else: a scheduler, which mixes callers.
+
+        Options and errors as for ``answer``; errors count pairs from ``first``.
+        """
+        _check_counts(top_k=top_k, max_answer_tokens=max_answer_tokens)
+        found = [self._rows(pair, first + n) for n, pair in enumerate(pairs)]
+
+        def finish(logits: Sequence[Floats]) -> list[tuple[Answer, ...]]:
             values = iter(logits)
-            for context, rows in found:
-                own = [(row, next(values)) for row in rows]
-                yield _best(context, own, top_k, max_answer_tokens, allow_none=allow_none)
+            return [
+                _best(
+                    context,
+                    [(row, next(values)) for row in rows],
+                    top_k,
+                    max_answer_tokens,
+                    allow_none=allow_none,
+                )
+                for context, rows in found
+            ]
+
+        return Prepared([row for _, rows in found for row in rows], finish)
 
     def _rows(self, pair: tuple[str, str], number: int) -> tuple[_Context, list[_Row]]:
         if not isinstance(pair, tuple) or len(pair) != 2:
@@ -162,6 +197,12 @@ class QuestionAnswerer(TextModel):
         )
         logits = self._engine.run(batch, ("token_logits",))[0]
         return [own[: len(row.ids)] for own, row in zip(logits, rows, strict=True)]
+
+
+def _check_counts(*, top_k: int, max_answer_tokens: int) -> None:
+    for option, value in (("top_k", top_k), ("max_answer_tokens", max_answer_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidOptionError(option, expected="at least 1", found=repr(value), remedy="Raise it.")
 
 
 def _best(

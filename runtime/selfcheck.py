@@ -78,6 +78,11 @@ class CheckedEngine:
         _ENGINES.add(self)
 
     @property
+    def spec(self) -> ModelSpec:
+        """The manifest of the graph in use, with the precision of the fallback where that took over."""
+        return self._engine.spec
+
+    @property
     def settings(self) -> Settings:
         """Those of the profile."""
         return self._engine.settings
@@ -147,7 +152,11 @@ class CheckedEngine:
 
     def _fall_back(self, spec: ModelSpec, golden: Golden, fallback: str, failed: SelfCheck) -> None:
         error = _kernel_error(self._engine, failed)
-        other = self._engine.with_spec(dataclasses.replace(spec, graph=fallback, edge=None))
+        other = self._engine.with_spec(
+            dataclasses.replace(
+                spec, graph=fallback, edge=None, precision="fp32", recipe=None, weight_bits=None
+            )
+        )
         try:
             found = self._recall_or_examine(other, golden)
             if found.result == "failed":
@@ -203,8 +212,9 @@ def _compare(engine: OnnxRuntimeEngine, tokenizer: Tokenizer, golden: Golden) ->
 
 def probe(engine: OnnxRuntimeEngine, batch: TokenBatch) -> Floats:
     """What a model is known by, float32 (rows, dim): its vectors, or the first token's states in models with a head."""
-    if "pooled" in engine.spec.outputs:
-        return engine.run(batch, ("pooled",))[0]
+    for whole in ("pooled", "chosen_states"):  # of a graph with masks the first token's, as none is chosen
+        if whole in engine.spec.outputs:
+            return engine.run(batch, (whole,))[0]
     return np.ascontiguousarray(engine.run(batch, ("token_states",))[0][:, 0])
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qingyu.errors import InvalidTextError
-from qingyu.runtime.batching import ItemBatcher, windows
-from qingyu.runtime.engine import TokenBatch
+from qingyu.runtime.batching import ItemBatcher, Prepared, windows
+from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.scores import SCORES
 from qingyu.runtime.selfcheck import CheckedEngine
@@ -23,6 +23,7 @@ __all__ = ["SequenceModel", "TextOrPair"]
 
 TextOrPair: TypeAlias = str | tuple[str, str]  # a text, or a text and another
 Doubles = NDArray[np.float64]
+_Ready: TypeAlias = Prepared[EncodedPair, Floats, list[Doubles]]
 
 
 class SequenceModel(TextModel):
@@ -32,7 +33,7 @@ class SequenceModel(TextModel):
         self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
     ) -> None:
         super().__init__(folder, spec, tokenizer, engine, steps)
-        self._batcher: ItemBatcher[EncodedPair, Doubles] = ItemBatcher(
+        self._batcher: ItemBatcher[EncodedPair, Floats] = ItemBatcher(
             workers=self._workers, token_budget=steps.token_budget, run=self._run
         )
 
@@ -41,13 +42,30 @@ class SequenceModel(TextModel):
     ) -> Iterator[tuple[list[TextOrPair], list[Doubles]]]:
         """Windows of texts, each with its scores float64 (labels,)."""
 
-        def encoded() -> Iterator[tuple[list[TextOrPair], list[EncodedPair]]]:
+        def prepared() -> Iterator[tuple[tuple[list[TextOrPair], _Ready], Sequence[EncodedPair]]]:
             for window in windows(texts):
-                found = [self._encode(text, report.texts + n) for n, text in enumerate(window)]
-                report.add(found)
-                yield window, found
+                ready = self.prepare(window, report=report)
+                yield (window, ready), ready.rows
 
-        return self._batcher.run_windows(encoded())
+        for (window, ready), logits in self._batcher.run_windows(prepared()):
+            yield window, ready.finish(logits)
+
+    def prepare(
+        self, texts: Sequence[TextOrPair], *, raw: bool = False, report: Report | None = None
+    ) -> _Ready:
+        """The rows of texts and pairs, and the scores (labels,) of their logits; ``raw`` leaves those as they are.
+
+        For whoever runs rows of many callers together. Raises ``InvalidTextError``.
+        """
+        counted = Report() if report is None else report
+        rows = [self._encode(text, counted.texts + n) for n, text in enumerate(texts)]
+        counted.add(rows)
+        score = SCORES["none" if raw else self.spec.scores]
+
+        def finish(logits: Sequence[Floats]) -> list[Doubles]:
+            return list(score(np.asarray(logits, dtype=np.float32))) if len(logits) else []
+
+        return Prepared(rows, finish)
 
     def _encode(self, text: TextOrPair, number: int) -> EncodedPair:
         if isinstance(text, tuple):
@@ -62,8 +80,9 @@ class SequenceModel(TextModel):
         alone = self._tokenizer.encode([text], first=number)[0]
         return EncodedPair(alone.ids, np.zeros_like(alone.ids), alone.unknown, alone.truncated)
 
-    def _run(self, rows: Sequence[EncodedPair]) -> list[Doubles]:
+    def _run(self, rows: Sequence[EncodedPair]) -> Sequence[Floats]:
         batch = TokenBatch.pad(
             [row.ids for row in rows], self._tokenizer.pad_id, types=[row.types for row in rows]
         )
-        return list(SCORES[self.spec.scores](self._engine.run(batch, ("logits",))[0]))
+        logits: Sequence[Floats] = self._engine.run(batch, ("logits",))[0]  # type: ignore[assignment] # one a row
+        return logits

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from qingyu.errors import CorruptFileError, ManifestError, ModelNotFoundError
+from qingyu.errors import CorruptFileError, InvalidOptionError, ManifestError, ModelNotFoundError
 
 __all__ = [
     "MANIFEST",
@@ -114,7 +114,8 @@ class ModelSpec:
     ``pooled`` (rows, dim) and ``hidden_state_0`` ... ``hidden_state_<layers>`` (rows, tokens, hidden). Of models
     with a head, whose ``dim`` is the hidden size and which have no use for pooling and normalization, there are
     instead of ``pooled`` the ``logits`` (rows, labels), ``token_logits`` (rows, tokens, labels) or ``mask_logits``
-    (masks, vocabulary); ``labels`` names the labels, and ``scores`` is the function from logits to scores.
+    (masks, vocabulary), and instead of ``token_states`` there may be ``chosen_states`` (rows or masks, hidden), those
+    that the head reads; ``labels`` names the labels, and ``scores`` is the function from logits to scores.
     ``files`` names every file that may be read. ``certificate`` is INT8 measured against FP32, as JSON.
     ``weight_bits`` is the width of quantized weights, ``float_layers`` names the linear layers that stayed FP32.
     ``golden`` are texts to test a machine with, ``fallback`` names an FP32 graph for machines that fail, and ``edge``
@@ -151,6 +152,39 @@ class ModelSpec:
         """The manifest as JSON text, ending in a newline; ``from_json`` reads it back unchanged."""
         document = {"format": FORMAT, **dataclasses.asdict(self)}
         return json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+
+    def prompt_text(self, prompt: str | None) -> str:
+        """What is put before each text for the option ``prompt``: a name's text, or the option as it stands.
+
+        ``None`` is the default prompt. "query" and "passage" are names even where the model has neither, and then
+        raise ``InvalidOptionError``.
+        """
+        name = self.default_prompt if prompt is None else prompt
+        if name is None:
+            return ""
+        if name in self.prompts:
+            return self.prompts[name]
+        if name in ("query", "passage"):
+            raise InvalidOptionError(
+                f"{self.name} has no prompt {name!r}",
+                expected=f"one of {sorted(self.prompts)}" if self.prompts else "no prompt",
+                found=repr(name),
+                remedy="Pass the prompt's text itself, or name it at export with --prompt NAME=TEXT.",
+            )
+        return name
+
+    def width(self, dim: int | None) -> int:
+        """How many values a vector keeps for the option ``dim``; ``InvalidOptionError`` out of its range."""
+        if dim is None:
+            return self.dim
+        if not 1 <= dim <= self.dim:
+            raise InvalidOptionError(
+                "dim",
+                expected=f"1 to {self.dim}",
+                found=str(dim),
+                remedy=f"{self.name} has {self.dim} dimensions.",
+            )
+        return dim
 
     @classmethod
     def from_json(cls, text: str, *, origin: str = MANIFEST) -> ModelSpec:

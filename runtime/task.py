@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -24,12 +24,14 @@ from qingyu.errors import (
     UnknownTokenWarning,
     UnsupportedModelError,
 )
-from qingyu.runtime.batching import Workers, windows
+from qingyu.runtime.batching import Batcher, ItemBatcher, Workers, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
+from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
+from qingyu.runtime.tuning import Tuning, recall
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import unit
 
@@ -145,6 +147,7 @@ class OpenOptions:
     special_tokens: Literal["parse", "text"] = "parse"
     unicode_form: Literal["NFKC"] | None = None
     self_check: bool = True
+    script: Script | None = None
 
     def check(self) -> None:
         """Raise ``InvalidOptionError`` for what no model can be opened with."""
@@ -152,6 +155,7 @@ class OpenOptions:
             ("profile", self.profile, tuple(PROFILES)),
             ("special_tokens", self.special_tokens, ("parse", "text")),
             ("unicode_form", self.unicode_form, (None, "NFKC")),
+            ("script", self.script, (None, *get_args(Script))),
         )
         for option, value, allowed in choices:
             if value not in allowed:
@@ -169,6 +173,11 @@ class OpenOptions:
                 remedy="Give it in megabytes.",
             )
 
+    def tuning(self, spec: ModelSpec) -> Tuning | None:
+        """What `qingyu doctor --measure` found best here, unless these options decide about it."""
+        decided = self.threads is not None or self.profile != "throughput"
+        return None if decided else recall(spec)
+
 
 class TaskModel:
     """One opened model folder; thread-safe, usable in a forked child, picklable, and a context manager.
@@ -177,6 +186,7 @@ class TaskModel:
     """
 
     TASK: ClassVar[Task]
+    _batcher: Batcher | ItemBatcher[Any, Any]
 
     def __init__(
         self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
@@ -202,9 +212,10 @@ class TaskModel:
             max_tokens=spec.max_tokens,
             special_tokens=options.special_tokens,
             unicode_form=options.unicode_form,
+            script=options.script,
         )
         runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=options.threads)
-        engine = CheckedEngine(runner, tokenizer, enabled=options.self_check)
+        engine = CheckedEngine(runner, tokenizer.as_written(), enabled=options.self_check)
         model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, options.max_memory_mb))
         model._options = options
         # What to open again elsewhere: a bundle itself, for it may be unpacked for this process only.
@@ -239,9 +250,28 @@ class TaskModel:
 
     def probe(self, text: str) -> Floats:
         """The unit vector, float32 (dim,), that golden texts are compared by: the text run alone."""
-        batch = TokenBatch.pad([self._tokenizer.encode([text])[0].ids], self._tokenizer.pad_id)
+        ids = self._tokenizer.as_written().encode([text])[0].ids
+        batch = TokenBatch.pad([ids], self._tokenizer.pad_id)
         vector: Floats = unit(self._engine.probe(batch))[0]
         return vector
+
+    def run_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Run rows that ``prepare`` of the task gave, as one micro-batch in this thread; a value for each, in order.
+
+        They may be of several calls. Raises what the engine raises.
+        """
+        values: Sequence[Any] = self._batcher.run_rows(rows)
+        return values
+
+    @property
+    def options(self) -> OpenOptions:
+        """How it was opened."""
+        return self._options
+
+    @property
+    def running_spec(self) -> ModelSpec:
+        """The manifest of what runs: of the FP32 graph, where the self-check made it take over."""
+        return self._engine.spec
 
     def close(self) -> None:
         """Wait for runs under way and free the graph; later calls raise ``ClosedError``."""
@@ -284,6 +314,7 @@ class TextModel(TaskModel):
         max_memory_mb: int | None = None,
         special_tokens: Literal["parse", "text"] = "parse",
         unicode_form: Literal["NFKC"] | None = None,
+        script: Script | None = None,
         self_check: bool = True,
     ) -> T:
         """The model of a folder that was exported for this class.
@@ -292,7 +323,7 @@ class TextModel(TaskModel):
         """
         return cls._opened(
             name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
+            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, script),
         )
 
     def _token_windows(
@@ -316,11 +347,11 @@ def _reopen(kind: type[TaskModel], folder: Path, options: OpenOptions) -> TaskMo
     return kind._opened(folder, options)
 
 
-def open_model(folder: Path) -> TaskModel:
+def open_model(folder: Path, options: OpenOptions | None = None) -> TaskModel:
     """The model of a folder, whatever its task; raises what the ``open`` of its class raises."""
     module, name = OPENED_BY[read_spec(folder).task]
     kind: type[TaskModel] = getattr(import_module(module), name)
-    return kind._opened(folder, OpenOptions())
+    return kind._opened(folder, OpenOptions() if options is None else options)
 
 
 def listed(texts: str | Iterable[str]) -> list[str]:
@@ -337,7 +368,7 @@ def listed(texts: str | Iterable[str]) -> list[str]:
     return list(texts)
 
 
-def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> Plan:
+def _plan(engine: CheckedEngine, spec: ModelSpec, token_budget: int, max_memory_mb: int | None) -> Plan:
     free = None
     if max_memory_mb is not None:
         engine.open()  # what the weights take is measured, not estimated
@@ -346,6 +377,6 @@ def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> 
         spec.architecture,
         max_tokens=spec.max_tokens,
         workers=engine.workers,
-        token_budget=engine.settings.token_budget,
+        token_budget=token_budget,
         free_bytes=free,
     )

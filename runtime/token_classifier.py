@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.runtime.batching import ItemBatcher
+from qingyu.runtime.batching import ItemBatcher, Prepared, windows
 from qingyu.runtime.engine import TokenBatch
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.scores import softmax
@@ -60,6 +60,9 @@ class Tagged:
     tokens: tuple[TaggedToken, ...]
 
 
+_Ready: TypeAlias = Prepared[TokenRow, NDArray[np.float64], list[Tagged]]
+
+
 class TokenClassifier(TextModel):
     """Finds entities in texts with one model; thread-safe, fork-safe, and a context manager.
 
@@ -88,11 +91,31 @@ class TokenClassifier(TextModel):
         """The same for an iterable of any length, in bounded memory."""
         counted = Report() if report is None else report
 
-        for (window, rows), scores in self._batcher.run_windows(self._token_windows(texts, counted)):
-            for text, row, own in zip(window, rows, scores, strict=True):
-                tokens = tuple(_tokens(row.tokenized, own, self.spec.labels))
-                yield Tagged(text, tuple(grouped(text, tokens)), tokens)
+        def prepared() -> Iterator[tuple[_Ready, Sequence[TokenRow]]]:
+            for window in windows(texts):
+                ready = self.prepare(window, report=counted)
+                yield ready, ready.rows
+
+        for ready, scores in self._batcher.run_windows(prepared()):
+            yield from ready.finish(scores)
         counted.warn()
+
+    def prepare(self, texts: Sequence[str], *, report: Report | None = None) -> _Ready:
+        """What ``tag`` runs for these texts, to be run by somebody else: a scheduler, which mixes callers.
+
+        Raises ``InvalidTextError``; gives no warning of unknown tokens.
+        """
+        counted = Report() if report is None else report
+        rows = [self._token_row(text, counted) for text in texts]
+
+        def finish(scores: Sequence[NDArray[np.float64]]) -> list[Tagged]:
+            return [self._tagged(text, row, own) for text, row, own in zip(texts, rows, scores, strict=True)]
+
+        return Prepared(rows, finish)
+
+    def _tagged(self, text: str, row: TokenRow, scores: NDArray[np.float64]) -> Tagged:
+        tokens = tuple(_tokens(row.tokenized, scores, self.spec.labels))
+        return Tagged(text, tuple(grouped(text, tokens)), tokens)
 
     def _run(self, rows: Sequence[TokenRow]) -> list[NDArray[np.float64]]:
         batch = TokenBatch.pad([row.ids for row in rows], self._tokenizer.pad_id)

@@ -81,12 +81,19 @@ def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model, t
     if any(re.match("qingyu adapt (contrast|classify|tag|distil)", line) for line in lines):
         for package in TRAINING:
             pytest.importorskip(package)
+    if any("--script" in line for line in lines):
+        pytest.importorskip("opencc")
     for command, name, model in (("export", "bge", tiny_model), ("quantize", "bge-int8", tiny_int8)):
         if not any(f"qingyu {command} " in line for line in lines):
             shutil.copytree(model, desk / "out" / name)
     if lines:
-        python = f'python() {{ "{sys.executable}" "$@"; }}\nqingyu() {{ python -m qingyu "$@"; }}\nset -euo pipefail\n'
-        run([shell, "-c", python + "\n".join(lines)], desk)
+        # Programs and not functions of the shell: a signal to one in the background reaches it itself.
+        for program, call in (("python", ""), ("qingyu", " -m qingyu")):
+            path = desk / "bin" / program
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f'#!/bin/sh\nexec "{sys.executable}"{call} "$@"\n', encoding="utf-8")
+            path.chmod(0o755)
+        run([shell, "-c", 'set -euo pipefail\nPATH="$PWD/bin:$PATH"\n' + "\n".join(lines)], desk)
     for block in blocks(page, "python"):
         run([sys.executable, "-W", "error::SyntaxWarning", "-c", block], desk)
 

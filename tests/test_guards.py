@@ -93,6 +93,8 @@ def inside(name: str, allowed: tuple[str, ...]) -> bool:
 
 # Folder -> what of ours it may import besides itself. "qingyu" alone is the package, for its __version__.
 ALLOWED = {
+    "qingyu.runtime.serve": ("qingyu.errors", "qingyu.runtime"),
+    "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime": ("qingyu.errors",),
     "qingyu.models.adapt": (
         "qingyu.errors",
@@ -104,7 +106,14 @@ ALLOWED = {
     "qingyu.quantize": ("qingyu.errors", "qingyu.runtime", "qingyu.models"),
     "qingyu.bench": ("qingyu.errors", "qingyu.runtime", "qingyu.models", "qingyu.quantize"),
     "qingyu.errors": (),
-    "qingyu.cli": ("qingyu.errors", "qingyu.runtime", "qingyu.models", "qingyu.quantize"),
+    # `qingyu bench` and `qingyu doctor --measure` are that one measurement.
+    "qingyu.cli": (
+        "qingyu.errors",
+        "qingyu.runtime",
+        "qingyu.models",
+        "qingyu.quantize",
+        "qingyu.bench.on_device",
+    ),
     "qingyu.__main__": ("qingyu.errors", "qingyu.cli"),
     "qingyu": ("qingyu.errors", "qingyu.runtime"),
 }
@@ -130,13 +139,14 @@ def test_the_package_itself_is_imported_for_its_version_only():
                 assert names <= {"__version__"}, module
 
 
-def test_nothing_imports_bench():
+def test_nothing_imports_bench_but_the_commands_that_measure():
     users = [name for name in MODULES if layer_of(name) != "qingyu.bench"]
-    assert not [name for name in users if any(inside(i, ("qingyu.bench",)) for i in imports_of(name))]
+    found = [name for name in users if any(inside(i, ("qingyu.bench",)) for i in imports_of(name))]
+    assert found == ["qingyu.cli.bench", "qingyu.cli.doctor"]
 
 
 def test_the_command_line_loads_the_other_layers_inside_functions_only():
-    lazily = ("qingyu.runtime", "qingyu.models", "qingyu.quantize")
+    lazily = ("qingyu.runtime", "qingyu.models", "qingyu.quantize", "qingyu.bench")
     for module in MODULES:
         if layer_of(module) in ("qingyu.cli", "qingyu.__main__", "qingyu"):
             loaded = {name for name in imports_when_loaded(MODULES[module]) if inside(name, lazily)}
@@ -145,6 +155,9 @@ def test_the_command_line_loads_the_other_layers_inside_functions_only():
 
 # Third-party packages, by layer, at load time and in functions.
 RUNTIME_PACKAGES = {"numpy", "onnxruntime", "tokenizers", "psutil"}
+# The door of an extra: one module, which imports it in a function only, for an option that is off unless asked for.
+# It stands in the runtime because the conversion has to happen between the caller's text and the tokenizer's spans.
+RUNTIME_EXTRAS = {"qingyu.runtime.scripts": {"opencc"}}
 
 
 def third_party(found: set[str]) -> set[str]:
@@ -152,9 +165,43 @@ def third_party(found: set[str]) -> set[str]:
     return names - set(sys.stdlib_module_names) - {"qingyu"}
 
 
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if inside(name, ("qingyu.runtime",))))
+# Subpackages of the runtime with an extra of their own: what they alone may import, in functions only.
+EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}}
+
+
+@pytest.mark.parametrize("subpackage", sorted(EXTRAS))
+def test_no_other_part_of_the_runtime_imports_a_subpackage_with_an_extra(subpackage):
+    others = [name for name in MODULES if layer_of(name) == "qingyu.runtime"]
+    assert not [name for name in others if any(inside(i, (subpackage,)) for i in imports_of(name))]
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if inside(name, tuple(EXTRAS))))
+def test_a_subpackage_with_an_extra_imports_it_in_functions_only(module):
+    extra = next(packages for name, packages in EXTRAS.items() if inside(module, (name,)))
+    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | extra
+    assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"}
+
+
+# The server is loaded by its command alone, after the door of its extra; so it may load its packages at once.
+SERVE = "qingyu.runtime.serve"
+SERVE_PACKAGES = {"uvicorn", "uvloop", "httptools", "orjson", "prometheus_client"}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if inside(name, (SERVE,))))
+def test_the_server_uses_the_packages_of_its_extra_and_those_of_the_runtime_only(module):
+    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | SERVE_PACKAGES
+
+
+def test_nothing_loads_the_server_but_its_command_inside_a_function():
+    users = {name for name in MODULES if layer_of(name) != SERVE}
+    users = {name for name in users if any(inside(i, (SERVE,)) for i in imports_of(name))}
+    assert {name for name in users if layer_of(name) != "qingyu.bench"} == {"qingyu.cli.serve"}
+    assert not [i for i in imports_when_loaded(MODULES["qingyu.cli.serve"]) if inside(i, (SERVE,))]
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if layer_of(name) == "qingyu.runtime"))
 def test_the_runtime_uses_its_four_packages_only(module):
-    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES
+    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | RUNTIME_EXTRAS.get(module, set())
     # The two large ones are loaded when a model is opened.
     assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"}
 
@@ -171,7 +218,7 @@ def test_a_module_imports_cleanly_and_all_of_its_public_names_exist(module):
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] in ("onnx", "safetensors", "torch", "optimum"):
+        if str(error.name).partition(".")[0] in ("onnx", "safetensors", "torch", "optimum", *SERVE_PACKAGES):
             pytest.skip(f"needs {error.name}")
         raise
     public = getattr(loaded, "__all__", [])

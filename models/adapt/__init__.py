@@ -1,8 +1,8 @@
 """Checkpoints made smaller, or better at one domain or task: distillation, fine-tuning, heads, vocabulary.
 
-Needs the extra ``train`` (torch, transformers, sentence-transformers, peft), but for ``prune_vocabulary``, which
-needs ``export``. Every result is a checkpoint that ``qingyu.models.export`` takes. Importing this loads none of
-them. Not here: quantization.
+Needs the extra ``train`` (torch, transformers, sentence-transformers, peft), but for ``prune_vocabulary`` and
+``unpack``, which need ``export``. Every result is a checkpoint that ``qingyu.models.export`` takes. Importing this
+loads none of them. Not here: quantization.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from qingyu.models.adapt.heads import SCHEDULE, Entity, LabelledText, TaggedText
 from qingyu.models.adapt.student import prune_vocabulary
 from qingyu.models.adapt.texts import training_texts
 from qingyu.models.adapt.training import Schedule, Trained
+from qingyu.models.adapt.unpack import unpack
+from qingyu.models.adapt.vocabulary import vocabulary_words
 
 __all__ = [
     "Entity",
@@ -29,6 +31,8 @@ __all__ = [
     "schedule_of",
     "tag",
     "training_texts",
+    "unpack",
+    "vocabulary_words",
 ]
 
 

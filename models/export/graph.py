@@ -5,7 +5,7 @@ is the caller's ``LinearWriter``, so that an FP32 and a quantized graph share ev
 
 The shape of the graph was chosen by measurement: rows and tokens are one axis except within attention; no
 fused SkipLayerNormalization (slower in onnxruntime than Add and LayerNormalization) and no fused attention
-(no faster).
+(no faster). A narrow graph computes the last layer for those states alone that the result is made of.
 
 Not here: reading checkpoints (``checkpoint.py``), normalization of the pooled vector (the runtime).
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
@@ -40,6 +40,8 @@ __all__ = [
     "Select",
     "input_names",
     "linear_shapes",
+    "narrow_names",
+    "narrowed",
     "norm_before",
     "output_names",
     "read_plan",
@@ -67,7 +69,8 @@ class GraphPlan:
 
     ``padding_id`` is ``None`` where positions are counted from 0 (BERT), and otherwise the token id that
     positions skip, counting from that id + 1 (RoBERTa). ``head`` names the activation of each Dense layer
-    after pooling, ``identity`` or ``tanh``. With a ``task_head`` there is no pooling.
+    after pooling, ``identity`` or ``tanh``. With a ``task_head`` there is no pooling. Without ``token_states``
+    the graph is narrow: see ``narrowed``.
     """
 
     architecture: Architecture
@@ -76,6 +79,7 @@ class GraphPlan:
     padding_id: int | None = None
     head: tuple[str, ...] = ()
     task_head: TaskHead | None = None
+    token_states: bool = True
 
 
 class LinearWriter(Protocol[P]):
@@ -103,6 +107,10 @@ class LinearWriter(Protocol[P]):
         """
         ...
 
+    def stored(self, graph: GraphBuilder, name: str, weight: Weights) -> str:
+        """A weight of any shape as a value of the graph, FP32, that an engine can compute when it loads it."""
+        ...
+
 
 class FloatLinear:
     """Linear layers in FP32, as the checkpoint has them."""
@@ -124,6 +132,10 @@ class FloatLinear:
         """A Gemm that reads the table row by row."""
         inputs = [prepared, f"{name}.weight", graph.weight(f"{name}.bias", bias)]
         return graph.node("Gemm", inputs, attributes={"transB": 1})
+
+    def stored(self, graph: GraphBuilder, name: str, weight: Weights) -> str:
+        """The weight as it is."""
+        return graph.weight(f"{name}.weight", weight)
 
 
 def weight_shapes(sizes: Architecture) -> dict[str, tuple[int, ...]]:
@@ -203,10 +215,38 @@ class FoldedWeights(Mapping[str, Weights]):
         return len(self._names)
 
 
+def narrowed(plan: GraphPlan) -> GraphPlan:
+    """The plan of the same model that computes nothing beside its result, where that makes a difference.
+
+    The last layer then gives the states of first tokens or of masks alone, which is all that a CLS pooling and most
+    heads read. Instead of ``token_states`` there are, with a head, ``chosen_states``: those that the head reads.
+    """
+    return plan if plan.hidden_states or _chosen_rows(plan) is None else replace(plan, token_states=False)
+
+
+def _chosen_rows(plan: GraphPlan) -> str | None:
+    """What the result is made of: "first" tokens, "masks", or ``None`` for all tokens."""
+    if plan.task_head is None:
+        return "first" if plan.pooling == "cls" else None
+    return {"logits": "first", "mask_logits": "masks"}.get(LOGITS[plan.task_head.task])
+
+
+def narrow_names(plan: GraphPlan) -> frozenset[str]:
+    """The linear layers of a narrow graph that read chosen states; all others read those of all tokens."""
+    if plan.token_states:
+        return frozenset()
+    prefix = f"encoder.layer.{plan.architecture.layers - 1}"
+    names = [f"{prefix}.{part}" for part in ("attention.output.dense", "intermediate.dense", "output.dense")]
+    first = [f"{prefix}.attention.self.query"] if _chosen_rows(plan) == "first" else []
+    return frozenset(names + first)
+
+
 def output_names(plan: GraphPlan) -> tuple[str, ...]:
     """The outputs of the graph, in order."""
     hidden = (f"hidden_state_{n}" for n in range(plan.architecture.layers + 1)) if plan.hidden_states else ()
-    return ("token_states", "pooled" if plan.task_head is None else LOGITS[plan.task_head.task], *hidden)
+    result = "pooled" if plan.task_head is None else LOGITS[plan.task_head.task]
+    chosen = ("chosen_states",) if plan.task_head is not None else ()
+    return (*(("token_states",) if plan.token_states else chosen), result, *hidden)
 
 
 def input_names(head: TaskHead | None) -> tuple[str, ...]:
@@ -242,6 +282,8 @@ def write_graph(
     the input ``mask_positions`` (masks,), positions in the rows put one after the other: only those states reach
     the head. ``token_type_ids`` (rows, tokens) is an input where the plan says so.
 
+    Without ``plan.token_states`` see ``narrowed``; ``chosen_states`` are (rows, hidden), or (masks, hidden).
+
     ``domains`` names the operator sets that ``linear`` uses beside the standard one. ``progress`` is called with the
     number of layers written and their total.
 
@@ -254,14 +296,17 @@ def write_graph(
     writer = _Encoder(graph, plan, weights, linear)
     state = writer.embedding()
     states = [state]
+    last = plan.architecture.layers - 1
     for layer in range(plan.architecture.layers):
-        state = writer.layer(layer, state)
+        narrow = layer == last and not plan.token_states
+        state = writer.narrow_layer(layer, state) if narrow else writer.layer(layer, state)
         states.append(state)
         if progress is not None:
             progress(layer + 1, plan.architecture.layers)
     result = writer.outputs(states)
     hidden = ("rows", "tokens", plan.architecture.hidden_size)
-    shapes: dict[str, tuple[str | int, ...]] = dict.fromkeys(output_names(plan), hidden) | result
+    names = output_names(plan)
+    shapes: dict[str, tuple[str | int, ...]] = dict.fromkeys(names, hidden) | result
     metadata = {PLAN_KEY: json.dumps(dataclasses.asdict(plan), sort_keys=True)}
     return graph.finish(_input_shapes(plan.task_head), shapes, metadata=metadata, domains=domains)
 
@@ -273,10 +318,11 @@ class _Encoder:
         self, graph: GraphBuilder, plan: GraphPlan, weights: Mapping[str, Weights], linear: LinearWriter[Any]
     ) -> None:
         sizes = plan.architecture
+        self.head_size = sizes.hidden_size // sizes.heads
         self.graph, self.plan, self.weights, self.linear = graph, plan, weights, linear
         shape = graph.node("Shape", ["input_ids"])
         self.tokens = graph.node("Slice", [shape, graph.ints(1), graph.ints(2), graph.ints(0)])
-        heads = graph.ints(sizes.heads, sizes.hidden_size // sizes.heads)
+        heads = graph.ints(sizes.heads, self.head_size)
         self.by_head = graph.node("Concat", [shape, heads], attributes={"axis": 0})
         self.by_row = graph.node("Concat", [shape, graph.ints(sizes.hidden_size)], attributes={"axis": 0})
         self.flat = graph.ints(-1, sizes.hidden_size)
@@ -345,8 +391,24 @@ class _Encoder:
 
     def layer(self, number: int, state: str) -> str:
         """The state after one layer."""
+        return self._after_attention(
+            number, self._attention(state, f"encoder.layer.{number}.attention.self"), state
+        )
+
+    def narrow_layer(self, number: int, state: str) -> str:
+        """The states after one layer that the result is made of, (n, hidden)."""
+        name = f"encoder.layer.{number}.attention.self"
+        if _chosen_rows(self.plan) == "masks":
+            mixed, own = (
+                self.graph.node("Gather", [value, MASK_POSITIONS])
+                for value in (self._attention(state, name), state)
+            )
+        else:
+            mixed, own = self._first_attention(state, name)
+        return self._after_attention(number, mixed, own)
+
+    def _after_attention(self, number: int, mixed: str, state: str) -> str:
         graph, prefix = self.graph, f"encoder.layer.{number}"
-        mixed = self._attention(state, f"{prefix}.attention.self")
         mixed = self._only(mixed, f"{prefix}.attention.output.dense")
         residual = self._residual(state, norm_before(number))
         state = self._norm(graph.node("Add", [mixed, residual]), f"{prefix}.attention.output")
@@ -370,27 +432,72 @@ class _Encoder:
         mixed = graph.node("Transpose", [mixed], attributes={"perm": (0, 2, 1, 3)})
         return graph.node("Reshape", [mixed, self.flat])
 
+    def _first_attention(self, state: str, name: str) -> tuple[str, str]:
+        """What the first tokens gather, and their states, both (rows, hidden), without a key or value of any token.
+
+        For one query q of a head, q . (x K) = (q K^T) . x, and the values' sum is (sum of shares x) V: both products
+        are then done once a row instead of once a token. The key's bias adds the same to all scores of a row, which
+        softmax ignores; the value's passes through unchanged, since shares add up to one.
+        """
+        graph, sizes = self.graph, self.plan.architecture
+        tokens = graph.node("Reshape", [state, self.by_row])
+        own = graph.node("Gather", [tokens, graph.constant(np.int64(0))], attributes={"axis": 1})
+        split = graph.ints(-1, sizes.heads, self.head_size)
+        query = graph.node("Reshape", [self._only(own, f"{name}.query"), split])
+        query = graph.node("Transpose", [query], attributes={"perm": (1, 0, 2)})
+        shape = (sizes.hidden_size, sizes.heads, self.head_size)
+        key = self.weights[f"{name}.key.weight"].reshape(shape).transpose(1, 2, 0)
+        value = self.weights[f"{name}.value.weight"].reshape(shape).transpose(1, 0, 2)
+        query = graph.node("MatMul", [query, self._stored(f"{name}.key", key)])
+        query = graph.node("Transpose", [query], attributes={"perm": (1, 2, 0)})
+        scores = graph.node("MatMul", [tokens, query])
+        scores = graph.node("Transpose", [scores], attributes={"perm": (0, 2, 1)})
+        scores = graph.node("Add", [scores, graph.node("Squeeze", [self.mask, graph.ints(1)])])
+        shares = graph.node("Softmax", [scores], attributes={"axis": -1})
+        mixed = graph.node(
+            "Transpose", [graph.node("MatMul", [shares, tokens])], attributes={"perm": (1, 0, 2)}
+        )
+        mixed = graph.node("MatMul", [mixed, self._stored(f"{name}.value", value)])
+        mixed = graph.node("Transpose", [mixed], attributes={"perm": (1, 0, 2)})
+        mixed = graph.node("Reshape", [mixed, self.flat])
+        bias = self.weights[f"{name}.value.bias"]
+        if bias.any():
+            mixed = graph.node("Add", [mixed, graph.weight(f"{name}.value.bias", bias)])
+        return mixed, own
+
+    def _stored(self, name: str, weight: Weights) -> str:
+        return self.linear.stored(self.graph, name, np.ascontiguousarray(weight))
+
     def _by_head(self, prepared: Any, name: str, perm: tuple[int, ...]) -> str:  # noqa: ANN401 - as in _linear
         split = self.graph.node("Reshape", [self._linear(prepared, name), self.by_head])
         return self.graph.node("Transpose", [split], attributes={"perm": perm})
 
     def outputs(self, states: list[str]) -> dict[str, tuple[str | int, ...]]:
-        """Write the named outputs from the states after each layer; name and shape of the one beside states."""
+        """Write the named outputs from the states after each layer; names and shapes of those that are no states."""
         graph, plan = self.graph, self.plan
-        graph.node("Reshape", [states[-1], self.by_row], output="token_states")
+        if plan.token_states:
+            graph.node("Reshape", [states[-1], self.by_row], output="token_states")
         if plan.hidden_states:
             for number, state in enumerate(states):
                 whole = self._restored(state, norm_before(number))
                 graph.node("Reshape", [whole, self.by_row], output=f"hidden_state_{number}")
         if plan.task_head is not None:
             return self._task_head(plan.task_head, states[-1])
-        pooled = write_pooling(graph, plan.pooling, "token_states", "attention_mask")
+        pooled = (
+            write_pooling(graph, plan.pooling, "token_states", "attention_mask")
+            if plan.token_states
+            else states[-1]
+        )
         dim = write_head(graph, plan.head, self.weights, pooled, plan.architecture.hidden_size)
         return {"pooled": ("rows", dim)}
 
     def _task_head(self, head: TaskHead, states: str) -> dict[str, tuple[str | int, ...]]:
         graph, output = self.graph, LOGITS[head.task]
         chosen, axes = self._chosen(output, states)
+        shapes: dict[str, tuple[str | int, ...]] = {}
+        if not self.plan.token_states:
+            chosen = graph.node("Identity", [chosen], output="chosen_states")
+            shapes[chosen] = (*axes, self.plan.architecture.hidden_size)
         if head.activation is not None:
             chosen = ACTIVATIONS[head.activation](graph, self._only(chosen, "task_head.dense"))
         if head.norm:
@@ -403,14 +510,16 @@ class _Encoder:
             graph.node("Reshape", [logits, shape], output=output)
         else:
             graph.node("Identity", [logits], output=output)
-        return {output: (*axes, head.labels)}
+        return shapes | {output: (*axes, head.labels)}
 
     def _chosen(self, output: str, states: str) -> tuple[str, tuple[str, ...]]:
         """The states that a head reads, (n, hidden), and the names of the axes before the logits."""
-        graph = self.graph
+        graph, narrow = self.graph, not self.plan.token_states
         if output == "mask_logits":
-            return graph.node("Gather", [states, MASK_POSITIONS]), ("masks",)
+            return states if narrow else graph.node("Gather", [states, MASK_POSITIONS]), ("masks",)
         if output == "logits":
+            if narrow:
+                return states, ("rows",)
             return write_pooling(graph, "cls", "token_states", "attention_mask"), ("rows",)
         return states, ("rows", "tokens")
 

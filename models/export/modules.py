@@ -24,7 +24,7 @@ from qingyu.models.export.files import (
 )
 from qingyu.runtime.spec import Pooling
 
-__all__ = ["DenseLayer", "Modules", "read_modules"]
+__all__ = ["POOLING_FLAGS", "DenseLayer", "Modules", "read_modules"]
 
 POOLING_NAMES: Mapping[str, Pooling] = {
     # The names of sentence-transformers >= 5.5; before, one flag for each.

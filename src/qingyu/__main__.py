@@ -16,6 +16,7 @@ from qingyu.cli import (
     answer,
     bench,
     bundle,
+    bundle_app,
     cache,
     classify,
     doctor,
@@ -26,6 +27,7 @@ from qingyu.cli import (
     pull,
     quantize,
     rerank,
+    serve,
     similarity,
     tag,
     unbundle,
@@ -41,6 +43,7 @@ COMMANDS = (
     tag,
     answer,
     rerank,
+    serve,
     pull,
     export,
     quantize,
@@ -52,6 +55,7 @@ COMMANDS = (
     cache,
     bundle,
     unbundle,
+    bundle_app,
 )
 
 EXIT_CODES = """\

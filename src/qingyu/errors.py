@@ -6,6 +6,8 @@
     │   ├── TextTooLongError       longer than the model reads, with ``long_text="error"``
     │   ├── InvalidOptionError     an option out of its range
     │   ├── DataFileError          a text file that cannot be read as asked
+    │   ├── DocumentError          a document without id or text, or one whose id is there already
+    │   ├── VectorSpaceError       vectors, a model or an index that are not of one vector space
     │   └── MismatchError          two model folders that are not of one model
     ├── OperatorError          whoever runs the program: the machine, the installation, the paths
     │   ├── MissingExtraError      an optional dependency is not installed
@@ -14,7 +16,10 @@
     │   ├── OfflineError           the network is needed, and offline work was asked for
     │   ├── MemoryBudgetError      a memory budget too small for the model
     │   ├── OutputError            a result cannot be written
+    │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
     │   ├── KernelError            this machine computes wrong vectors with this model
+    │   ├── OverloadedError        more work waits than can be done in time
+    │   ├── ListenError            an address that a server cannot listen at
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
     │   ├── ManifestError          qingyu.json is not a valid manifest
@@ -37,6 +42,7 @@ __all__ = [
     "ClosedError",
     "CorruptFileError",
     "DataFileError",
+    "DocumentError",
     "FallbackWarning",
     "FidelityError",
     "GraphError",
@@ -44,6 +50,7 @@ __all__ = [
     "InvalidOptionError",
     "InvalidTextError",
     "KernelError",
+    "ListenError",
     "ManifestError",
     "MemoryBudgetError",
     "MismatchError",
@@ -53,12 +60,15 @@ __all__ = [
     "OfflineError",
     "OperatorError",
     "OutputError",
+    "OverloadedError",
     "QingyuError",
     "SourceError",
+    "StoreError",
     "TextTooLongError",
     "TokenizerError",
     "UnknownTokenWarning",
     "UnsupportedModelError",
+    "VectorSpaceError",
 ]
 
 
@@ -107,6 +117,14 @@ class DataFileError(InputError):
     """A file of texts is missing, not UTF-8, or lacks the named field."""
 
 
+class DocumentError(InputError):
+    """A document has no id or no text, or its id is there already, or is not there."""
+
+
+class VectorSpaceError(InputError):
+    """Vectors, a model or an index are not of one vector space: another model, precision, prompt or dimension."""
+
+
 class MismatchError(InputError):
     """Two model folders or graphs that were to be compared are not of the same model."""
 
@@ -141,8 +159,20 @@ class OutputError(OperatorError):
     """A result cannot be written; nothing was left half-written."""
 
 
+class StoreError(OperatorError):
+    """A store of vectors is not where it was named, is in use by another writer, or cannot be reached."""
+
+
 class KernelError(OperatorError):
     """A model's golden vectors do not come out on this machine, so none of its vectors can be trusted."""
+
+
+class OverloadedError(OperatorError):
+    """More work waits than can be done in the time allowed; later, the same call may succeed."""
+
+
+class ListenError(OperatorError):
+    """A server cannot listen at the address that was named."""
 
 
 class ClosedError(OperatorError):

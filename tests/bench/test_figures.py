@@ -268,7 +268,7 @@ def test_a_made_checkpoint_is_the_same_every_time_and_can_be_exported(tmp_path):
     spec = export(tmp_path / "a", tmp_path / "model")
     assert (spec.pooling, spec.architecture.layers, spec.dim) == ("mean", 2, 32)
     with Embedder.open(tmp_path / "model") as embedder:
-        assert embedder.tokenize("今天 iPhone").tokens[:3] == ["[CLS]", "今", "天"]
+        assert embedder.tokenize("今天 iPhone").tokens[:3] == ("[CLS]", "今", "天")
         assert embedder.embed(["今天天气真好", "股票大跌"]).shape == (2, 32)
 
 

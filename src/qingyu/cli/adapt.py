@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qingyu.cli.common import new_command
+from qingyu.cli.common import BUNDLED, new_command
 from qingyu.cli.rows import read_rows
 from qingyu.cli.text_input import read_texts
 from qingyu.errors import DataFileError, InvalidOptionError
@@ -32,6 +32,7 @@ EXAMPLES = {
     "classify": "qingyu adapt classify checkpoints/bge out/sentiment --texts reviews.tsv",
     "tag": "qingyu adapt tag checkpoints/bge out/names --texts sentences.jsonl",
     "prune-vocab": "qingyu adapt prune-vocab checkpoints/e5 out/e5-zh --texts corpus.txt --size 20000",
+    "unpack": "qingyu adapt unpack qingyu-mini-zh out/mini",
 }
 
 
@@ -49,6 +50,7 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     _add_head(kinds, "classify", "train a text classifier", "columns text, label", _classify)
     _add_head(kinds, "tag", "train a tagger of entities", TAGGED_FORMAT, _tag)
     _add_prune(kinds)
+    _add_unpack(kinds)
 
 
 TAGGED_FORMAT = (
@@ -80,6 +82,13 @@ def _add_distil(kinds: Any) -> None:  # noqa: ANN401
     )
     parser.add_argument(
         "--passages", type=float, default=0.1, metavar="P", help="add P joined texts a text (%(default)s)"
+    )
+    parser.add_argument(
+        "--variants",
+        type=float,
+        default=0.0,
+        metavar="V",
+        help="add V changed short texts a text (%(default)s)",
     )
     parser.add_argument("--max-texts", type=int, metavar="N", help="learn on N of them (default: all)")
     parser.add_argument(
@@ -170,6 +179,12 @@ def _add_prune(kinds: Any) -> None:  # noqa: ANN401
     parser.add_argument("--words", metavar="FILE", help="words whose tokens stay, one a line")
 
 
+def _add_unpack(kinds: Any) -> None:  # noqa: ANN401
+    parser = _new_kind(kinds, "unpack", "turn a model folder back into a checkpoint to adapt", _unpack)
+    parser.add_argument("model", metavar="MODEL", help=f"model folder, bundle, or name such as {BUNDLED}")
+    _add_output(parser, "checkpoint folder to make")
+
+
 def _new_kind(kinds: Any, name: str, summary: str, work: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     parser = new_command(kinds, name, summary, EXAMPLES[name])
     parser.set_defaults(run=run, adapt=work)
@@ -193,13 +208,15 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
 
 
 def _distil(options: argparse.Namespace) -> int:
-    from qingyu.models.adapt import distil, training_texts
+    from qingyu.models.adapt import distil, training_texts, vocabulary_words
 
     given = [text for source in options.texts for text in _texts(source)]
     texts = training_texts(
         given,
         sentences=options.sentences,
         passages=options.passages,
+        variants=options.variants,
+        words=vocabulary_words(options.checkpoint) if options.variants else list,
         limit=options.max_texts,
         seed=options.seed or 0,
     )
@@ -278,6 +295,14 @@ def _prune(options: argparse.Namespace) -> int:
         words=[] if options.words is None else list(read_texts(options.words)),
     )
     print(f"{options.output}: {size:,} tokens")
+    return 0
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    from qingyu.models.adapt import unpack
+
+    unpack(options.model, options.output)
+    print(f"{options.output}: checkpoint of {options.model}")
     return 0
 
 
