@@ -116,9 +116,7 @@ def _as_many_as_take(embedder: Embedder, texts: Sequence[str], seconds: float) -
     return list(texts[:count])
 
 
-def _bulk(
-    model: str, texts: Sequence[str], tokens: int, default: _Setting, seconds: float
-) -> dict[str, Any]:
+def _bulk(model: str, texts: Sequence[str], tokens: int, default: _Setting, seconds: float) -> dict[str, Any]:
     """Budgets with the default's threads first, then other numbers of threads with the best budget."""
     budgets = [default, *(_Setting(default.threads, n) for n in BUDGETS if n != default.budget)]
     times = _rounds(model, texts, budgets, seconds * 0.7)

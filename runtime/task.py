@@ -31,8 +31,8 @@ from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profi
 from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
-from qingyu.runtime.tuning import Tuning, recall
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
+from qingyu.runtime.tuning import Tuning, recall
 from qingyu.runtime.vectors import unit
 
 __all__ = [
@@ -214,9 +214,12 @@ class TaskModel:
             unicode_form=options.unicode_form,
             script=options.script,
         )
-        runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=options.threads)
+        tuned = options.tuning(spec)
+        threads = options.threads if tuned is None else tuned.threads
+        runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=threads)
         engine = CheckedEngine(runner, tokenizer.as_written(), enabled=options.self_check)
-        model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, options.max_memory_mb))
+        budget = engine.settings.token_budget if tuned is None else tuned.token_budget
+        model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, budget, options.max_memory_mb))
         model._options = options
         # What to open again elsewhere: a bundle itself, for it may be unpacked for this process only.
         model._origin = Path(name_or_folder).resolve() if Path(name_or_folder).is_file() else folder

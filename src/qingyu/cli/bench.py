@@ -49,13 +49,16 @@ def as_facts(found: Mapping[str, Any]) -> dict[str, object]:
     for row in found["settings"]:
         name = f"{row['threads']} threads, {row['token_budget']} tokens"
         marks = [mark for mark, one in (("default", found["default"]), ("best", best)) if one == row]
-        lines[name] = f"{row['tokens_per_second']:,} tokens/s, {row['times_default']:.2f} times the default" + (
-            f" ({', '.join(marks)})" if marks else ""
+        lines[name] = (
+            f"{row['tokens_per_second']:,} tokens/s, {row['times_default']:.2f} times the default"
+            + (f" ({', '.join(marks)})" if marks else "")
         )
     for profile, row in found["latency"].items():
         lines[f"one query, {profile}"] = ", ".join(
             f"{name.removesuffix('_ms')} {value:.2f} ms" for name, value in row.items()
         )
     for profile, row in found["memory"].items():
-        lines[f"memory, {profile}"] = f"{row['opened_mb']:.0f} MB open, {row['after_mb']:.0f} MB after the texts"
+        lines[f"memory, {profile}"] = (
+            f"{row['opened_mb']:.0f} MB open, {row['after_mb']:.0f} MB after the texts"
+        )
     return lines
