@@ -29,6 +29,7 @@ REFERENCE = "st-torch-fp32"  # what vectors are compared with
 BASE_OPERATIONS = 25.2e6  # of the model that the workloads' counts are for
 IDLE_SECONDS = 3.0
 GROWTH_SECONDS = 150.0  # what one call may be expected to take before a contender is spared the next size
+WARM_UP = {"bulk": 10**9, "single": 32, "arrivals": 8}
 TIMED = ("bulk", "single", "arrivals")
 
 
@@ -107,8 +108,9 @@ class Comparison:
                 return
             ceilings = {cores: Ceiling(prepared.sizes, cores) for cores in self.settings.cores}
             sizes = {one.name: self._size(one, prepared) for one in workloads}
-            for process, one in self._pairs(seats, workloads):  # warms up, and is not timed
-                self._ask(process, prepared, one, min(sizes[one.name]["texts"], 32))
+            for process, one in self._pairs(seats, workloads):
+                # Warms up, and is not timed: all texts, for OpenVINO compiles kernels for each new shape.
+                self._ask(process, prepared, one, min(sizes[one.name]["texts"], WARM_UP[one.kind]))
             for number in range(self.settings.rounds):
                 if self._late():
                     break
@@ -249,7 +251,7 @@ class Comparison:
 
     def _note_facts(self, process: Started, prepared: Prepared) -> None:
         one = contender(process.seat.contender)
-        row = {"model": prepared.model.name, "contender": one.name, "title": one.title}
+        row = {"model": prepared.model.name, "contender": process.seat.contender, "title": one.title}
         row |= {"precision": one.precision, "how": one.how}
         self.session.add("facts", {**row, **process.ask({"do": "facts"})})
 

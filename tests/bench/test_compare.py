@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import qingyu
-from qingyu.bench import compare
+from qingyu.bench import compare, measure, wall
 from qingyu.bench.contenders import MODULES, contender
 from qingyu.bench.contenders.contract import (
     Files,
@@ -92,6 +92,14 @@ def files(tmp_path):
 @pytest.fixture
 def texts(tmp_path):
     return write_texts(tmp_path, None, ["short"], quick=True)["short"]
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """How fast this machine is does not matter here."""
+    monkeypatch.setattr(measure, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(wall, "SECONDS", 0.01)
+    monkeypatch.setattr(measure, "GROWTH", (20, 100))
 
 
 def seat(name: str, files: Files, tmp_path: Path) -> Seat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 
@@ -16,16 +17,18 @@ from qingyu.runtime.tuning import Tuning
 pytestmark = pytest.mark.filterwarnings("ignore::qingyu.errors.UnknownTokenWarning")
 
 
-@pytest.fixture(autouse=True)
-def brief(monkeypatch):
+@pytest.fixture(scope="module")
+def found(tiny_int8):
     """Little of everything: how fast it is does not matter here."""
-    monkeypatch.setattr(on_device, "BUDGETS", (64, 512))
-    monkeypatch.setattr(on_device, "ROUND_SECONDS", 0.01)
-    monkeypatch.setattr(on_device, "LEAST_SECONDS", 0.01)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(on_device, "BUDGETS", (64, 512))
+        patch.setattr(on_device, "ROUND_SECONDS", 0.01)
+        patch.setattr(on_device, "LEAST_SECONDS", 0.01)
+        return measure(str(tiny_int8), seconds=0.1)
 
 
-def test_every_setting_is_measured_in_every_round_and_the_best_is_one_of_them(tiny_int8):
-    found = measure(str(tiny_int8), seconds=0.1)
+def test_every_setting_is_measured_in_every_round_and_the_best_is_one_of_them(found):
     json.dumps(found, allow_nan=False)
     settings = found["settings"]
     assert found["best"] in settings
@@ -40,8 +43,7 @@ def test_every_setting_is_measured_in_every_round_and_the_best_is_one_of_them(ti
     assert all(row["opened_mb"] > 10 for row in found["memory"].values())
 
 
-def test_too_short_a_time_is_an_error(tiny_int8, monkeypatch):
-    monkeypatch.setattr(on_device, "LEAST_SECONDS", 5.0)
+def test_too_short_a_time_is_an_error(tiny_int8):
     with pytest.raises(InvalidOptionError, match="at least 5, found 1"):
         measure(str(tiny_int8), seconds=1)
 
@@ -52,14 +54,15 @@ def test_only_a_clear_gain_is_worth_keeping():
     assert tuning_of({"best": {**row, "times_default": 1.2}}) == Tuning(1, 256)
 
 
-def test_the_command_prints_a_table_or_json(tiny_int8, capsys):
-    assert main(["bench", str(tiny_int8), "--seconds", "0.1"]) == 0
+def test_the_command_prints_a_table_or_json(found, monkeypatch, capsys):
+    monkeypatch.setattr(on_device, "measure", lambda _model, *, seconds: {**found, "asked": seconds})
+    assert main(["bench"]) == 0
     table = capsys.readouterr().out
     assert "default" in table
     assert "best" in table
     assert "one query, latency" in table
-    assert main(["bench", str(tiny_int8), "--seconds", "0.1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["precision"] == "int8"
+    assert main(["bench", "some-model", "--seconds", "7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {**found, "asked": 7.0}
 
 
 def test_an_unknown_model_is_an_error(capsys):
