@@ -5,14 +5,15 @@ All of it is made once in a working folder, and found there by later runs.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qingyu.bench.contenders.contract import Files, write_once
+from qingyu.bench.contenders.contract import Files, installed, write_once
 from qingyu.bench.shapes import SHAPES, write_checkpoint
 from qingyu.bench.texts import read_sources, varied_texts
 from qingyu.bench.workloads import WORKLOADS
@@ -140,8 +141,11 @@ def _quantize(fp32: Path, folder: Path) -> None:
     from qingyu.quantize.texts import calibration_texts
 
     folder.rmdir()
+    options: dict[str, Any] = {"edge": True, "speed_rounds": 0}
+    if "openvino" in inspect.signature(quantize).parameters and installed("openvino"):
+        options["openvino"] = True
     # Its own certificate is not what is read here, so a few texts will do.
-    quantize(fp32, folder, texts=calibration_texts(CERTIFIED_TEXTS), edge=True, speed_rounds=0)
+    quantize(fp32, folder, texts=calibration_texts(CERTIFIED_TEXTS), **options)
 
 
 def write_texts(folder: Path, texts: Path | None, names: Sequence[str], *, quick: bool) -> dict[str, Path]:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTENDERS"]
 
+ONNXRUNTIME = "onnxruntime"
 
-def _open(files: Files, threads: int, *, precision: str, profile: str, engine: str | None = None) -> Opened:
+
+def _open(files: Files, threads: int, *, precision: str, profile: str, engine: str) -> Opened:
     from qingyu.runtime.embedder import Embedder
 
     folder = files.int8 if precision == "int8" else files.fp32
@@ -25,9 +27,10 @@ def _open(files: Files, threads: int, *, precision: str, profile: str, engine: s
     options: dict[str, Any] = {"profile": profile}
     if profile != "edge":  # whose point is one thread
         options["threads"] = threads
-    if engine is not None:
-        _require_engines(engine)
+    if _has_engines():
         options["engine"] = engine
+    elif engine != ONNXRUNTIME:
+        raise _without_engines(engine)
     embedder = Embedder.open(str(folder), **options)
 
     def stream(texts: Sequence[str]) -> Iterator[Floats]:
@@ -37,17 +40,21 @@ def _open(files: Files, threads: int, *, precision: str, profile: str, engine: s
     return Opened(partial(embedder.embed, normalize=True), stream)
 
 
-def _require_engines(engine: str) -> None:
-    from qingyu import __version__
+def _has_engines() -> bool:
     from qingyu.runtime.embedder import Embedder
 
-    if "engine" not in inspect.signature(Embedder.open).parameters:
-        raise UnsupportedModelError(
-            f"no engine {engine!r}",
-            expected="a version of qingyu with a choice of engines",
-            found=f"qingyu {__version__}, which has onnxruntime only",
-            remedy="Leave this contender out.",
-        )
+    return "engine" in inspect.signature(Embedder.open).parameters
+
+
+def _without_engines(engine: str) -> UnsupportedModelError:
+    from qingyu import __version__
+
+    return UnsupportedModelError(
+        f"no engine {engine!r}",
+        expected="a version of qingyu with a choice of engines",
+        found=f"qingyu {__version__}, which has {ONNXRUNTIME} only",
+        remedy="Leave this contender out.",
+    )
 
 
 def _one(
@@ -57,14 +64,14 @@ def _one(
     profile: str,
     how: str,
     *,
-    engine: str | None = None,
+    engine: str = ONNXRUNTIME,
     needs: tuple[str, ...] = (),
 ) -> Contender:
     return Contender(
         name=name,
         title=title,
         precision=precision,
-        needs=("numpy", "onnxruntime", "tokenizers", *needs),
+        needs=("numpy", ONNXRUNTIME, "tokenizers", *needs),
         distributions=("qingyu", *needs),
         how=how,
         open=partial(_open, precision=precision, profile=profile, engine=engine),
