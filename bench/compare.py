@@ -117,7 +117,7 @@ def _measure(options: argparse.Namespace) -> None:
                 raise
             _say(f"without {one.name}: {error}")
             continue
-        ready = comparison.prepare(prepared, names)
+        ready = names if options.only == "measure" else comparison.prepare(prepared, names)
         if options.only != "prepare":
             comparison.measure(prepared, ready)
 

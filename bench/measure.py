@@ -8,6 +8,7 @@ them (``summary``).
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from qingyu.bench.contenders import contender
 from qingyu.bench.machine import machine
 from qingyu.bench.prepare import FIDELITY, Prepared
 from qingyu.bench.records import FORMAT, Row, Session
-from qingyu.bench.seats import Seat, SeatError, Started, cold_start, started
+from qingyu.bench.seats import Load, Seat, SeatError, Started, cold_start, started
+from qingyu.bench.summary import MOST_FOREIGN
 from qingyu.bench.wall import Ceiling, operations_per_token
 from qingyu.bench.workloads import GROWTH, WORKLOADS, Workload, arrival_times
 
@@ -117,7 +119,9 @@ class Comparison:
                 self.say(f"{prepared.model.name}, round {number + 1} of {self.settings.rounds}")
                 where = {"model": prepared.model.name, "round": number}
                 for cores, ceiling in ceilings.items():
-                    self.session.add("wall", {**where, "cores": cores, "gops": ceiling.measure()})
+                    load = Load(os.getpid())
+                    row = {**where, "cores": cores, "gops": ceiling.measure()}
+                    self.session.add("wall", {**row, "foreign": load.foreign()})
                 for process, one in self._pairs(seats if number % 2 == 0 else seats[::-1], workloads):
                     found = self._ask(process, prepared, one, sizes[one.name]["texts"])
                     if found is not None:
@@ -231,12 +235,13 @@ class Comparison:
         return float(found["seconds"] / order["count"])
 
     def _ask(self, process: Started, prepared: Prepared, one: Workload, count: int) -> Row | None:
-        """One workload, or ``None`` and a note of the reason."""
+        """One workload, once more if it was disturbed, or ``None`` and a note of the reason."""
         order: dict[str, Any] = {"do": one.kind, "texts": str(self.texts[one.name]), "count": count}
         if one.kind == "arrivals":
             order["times"] = arrival_times(count, one.rate)
         try:
-            return process.ask(order)
+            found = process.ask(order)
+            return process.ask(order) if found["foreign"] > MOST_FOREIGN else found
         except SeatError as error:
             self._skip(process.seat.contender, prepared, f"{one.name}: {error}")
             return None

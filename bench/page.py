@@ -85,6 +85,8 @@ def _machine(figures: Figures) -> Iterator[str]:
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     yield f"Measured {when} on {machine['cpus']} CPUs of {machine['cpu']} ({' '.join(machine['flags'])}), "
     yield f"{machine['system']}, Python {machine['python']}.\n"
+    if figures["disturbed"]:
+        yield f"{figures['disturbed']} measurements during which others used the machine, too, were left out.\n"
     if figures["quick"]:
         yield "Some of it with `--quick`: fewer texts and rounds.\n"
 
@@ -332,6 +334,10 @@ def quick_table(figures: Figures) -> str:
         value = "" if one["value"] is None else f"{one['value']:.2f}"
         wanted = (">= " if one["at_least"] else "<= ") + f"{one['bound']:g}"
         lines.append(f"{state:12} {one['name']}: {value} (wanted {wanted}) {one['detail']}")
+    if figures["disturbed"]:
+        lines.append(
+            f"left out, because others used the machine meanwhile: {figures['disturbed']} measurements"
+        )
     for row in figures["skipped"]:
         lines.append(f"not run: {row['contender']} on {row['model']}: {row['reason']}")
     return "\n".join(lines)

@@ -15,6 +15,8 @@ __all__ = ["FORMAT", "KINDS", "Row", "Session", "read_rows"]
 Row = dict[str, Any]
 
 FORMAT = 1
+# The share of the machine that others used meanwhile.
+DISTURBED = frozenset({"foreign"})
 COMMON = frozenset({"kind", "session"})
 # Kind of a row -> the fields that it has besides "kind" and "session".
 KINDS: dict[str, frozenset[str]] = {
@@ -25,8 +27,9 @@ KINDS: dict[str, frozenset[str]] = {
     "round": frozenset(
         {"model", "contender", "cores", "workload", "round", "texts", "tokens", "cpu_seconds"}
     ),
-    "wall": frozenset({"model", "cores", "round", "gops"}),
-    "cold": frozenset({"model", "contender", "cores", "round", "milliseconds", "private", "peak"}),
+    "wall": frozenset({"model", "cores", "round", "gops"}) | DISTURBED,
+    "cold": frozenset({"model", "contender", "cores", "round", "milliseconds", "private", "peak"})
+    | DISTURBED,
     "memory": frozenset({"model", "contender", "cores", "opened", "largest", "idle"}),
     "growth": frozenset({"model", "contender", "cores", "round", "texts", "seconds", "samples", "streamed"}),
     "fidelity": frozenset({"model", "contender", "cosine", "centred_cosine", "top_10_overlap", "texts"}),

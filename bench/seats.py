@@ -24,7 +24,7 @@ import qingyu
 from qingyu.bench.contenders.contract import Files
 from qingyu.errors import InvalidOptionError
 
-__all__ = ["Seat", "SeatError", "Started", "check_cores", "cold_start", "started"]
+__all__ = ["Load", "Seat", "SeatError", "Started", "check_cores", "cold_start", "started"]
 
 Answer = dict[str, Any]
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -82,6 +82,7 @@ class Started:
 
         Raises ``SeatError`` with its reason when it fails, dies, or does not answer in ``seconds``.
         """
+        load = Load(self._process.pid)
         self._signal(signal.SIGCONT)
         try:
             self._write(order)
@@ -90,7 +91,7 @@ class Started:
             self._signal(signal.SIGSTOP)
         if not answer.pop("ok"):
             raise SeatError(f"{answer['kind']}: {answer['error']}")
-        return answer
+        return {**answer, "foreign": load.foreign()}
 
     def watched(self, order: Mapping[str, Any], *, seconds: float = 300) -> tuple[Answer, list[list[float]]]:
         """As ``ask``, and the resident megabytes meanwhile as [second, MB]."""
@@ -161,6 +162,31 @@ class Started:
         return f"ended with {code}" + (f": {lines[-1]}" if lines else "")
 
 
+class Load:
+    """How much of the machine others used since this was made, beside one process and its threads."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._begun = self._read()
+
+    def foreign(self) -> float:
+        """The share of all CPUs that was neither idle nor this process's, 0 to 1."""
+        whole, busy, own = (now - then for now, then in zip(self._read(), self._begun, strict=True))
+        return round(max(0.0, busy - own) / whole, 3) if whole > 0 else 0.0
+
+    def _read(self) -> tuple[int, int, int]:
+        """Ticks of all CPUs, those of them that were busy or stolen, and this process's own."""
+        first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0]
+        user, nice, system, idle, waiting, *rest = map(int, first.split()[1:9])
+        try:
+            fields = Path(f"/proc/{self._pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+            own = int(fields[11]) + int(fields[12])
+        except (OSError, IndexError):  # it has ended
+            own = 0
+        busy = user + nice + system + sum(rest)
+        return busy + idle + waiting, busy, own
+
+
 @contextlib.contextmanager
 def started(seats: Sequence[Seat]) -> Iterator[list[Started]]:
     """The processes of all seats, ended at the end whatever happens."""
@@ -180,10 +206,11 @@ def cold_start(seat: Seat, texts: Path) -> dict[str, float]:
     """
     with started([seat]) as (process,):
         order = {"do": "bulk", "texts": str(texts), "count": 1, "marks": True}
-        begun, ready, end = process.ask(order)["marks"]
+        answer = process.ask(order)
+        begun, ready, end = answer["marks"]
         memory = process.ask({"do": "memory"})
     milliseconds = 1e3 * ((begun - process.begun) + (end - ready))
-    return {"milliseconds": round(milliseconds, 1), **memory}
+    return {**memory, "milliseconds": round(milliseconds, 1), "foreign": answer["foreign"]}
 
 
 def _written(files: Files) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qingyu.bench.records import Row
-from qingyu.bench.summary import Spread, Table, is_ours, percentile, seconds_of, share_of_wall
+from qingyu.bench.summary import Spread, Table, is_ours, percentile, seconds_of, share_of_wall, undisturbed
 
 __all__ = ["MODEL", "Found", "targets"]
 
@@ -39,7 +39,7 @@ class Found:
 
 def targets(rows: Sequence[Row]) -> list[Found]:
     """All targets, from the rows of one or more runs."""
-    table = Table(rows)
+    table = Table(undisturbed(rows))
     return [
         _bulk(table, "mixed", 1.3),
         _bulk(table, "mixed", 3.0, against=ONNX),

@@ -6,13 +6,14 @@ import json
 import os
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import qingyu
-from qingyu.bench import compare, measure, wall
+from qingyu.bench import compare, measure, summary, wall
 from qingyu.bench.contenders import MODULES, contender
 from qingyu.bench.contenders.contract import (
     Files,
@@ -24,7 +25,7 @@ from qingyu.bench.contenders.contract import (
 from qingyu.bench.prepare import MODELS, prepare_model, write_texts
 from qingyu.bench.records import KINDS, Session, read_rows
 from qingyu.bench.report import figures_of, rendered
-from qingyu.bench.seats import Seat, SeatError, check_cores, started
+from qingyu.bench.seats import Load, Seat, SeatError, check_cores, started
 from qingyu.errors import (
     DataFileError,
     InvalidOptionError,
@@ -100,6 +101,8 @@ def brief(monkeypatch):
     monkeypatch.setattr(measure, "IDLE_SECONDS", 0.1)
     monkeypatch.setattr(wall, "SECONDS", 0.01)
     monkeypatch.setattr(measure, "GROWTH", (20, 100))
+    monkeypatch.setattr(summary, "MOST_FOREIGN", 1.0)
+    monkeypatch.setattr(measure, "MOST_FOREIGN", 1.0)
 
 
 def seat(name: str, files: Files, tmp_path: Path) -> Seat:
@@ -146,6 +149,20 @@ def test_a_second_run_is_added_and_the_report_alone_measures_nothing(fakes, tmp_
     assert len({row["session"] for row in rows}) == 2
     assert figures_of(rows)["bulk"][0]["tokens_per_second"]["rounds"] == 2
     capsys.readouterr()
+
+
+def test_what_others_use_of_the_machine_is_noted_and_what_the_process_uses_is_not(fakes, files, tmp_path):
+    with started([seat(fakes + "steady", files, tmp_path)]) as (process,):
+        assert 0 <= process.ask({"do": "idle", "seconds": 0.2})["foreign"] <= 1
+        load = Load(os.getpid())
+        other = Load(
+            process._process.pid
+        )  # which is stopped, so that what this process does is foreign to it
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            pass
+        assert other.foreign() >= load.foreign()
+        assert other.foreign() > 0
 
 
 def state(process) -> str:
@@ -252,7 +269,7 @@ def test_bad_options_are_one_line_and_an_exit_code(tmp_path, capsys, arguments, 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"kind": "round"}', '{"kind": "odd", "session": "a"}'])
 def test_a_file_of_something_else_is_refused_with_the_line(tmp_path, line):
-    Session(tmp_path / "rows").add("wall", {"model": "m", "cores": 1, "round": 0, "gops": {}})
+    Session(tmp_path / "rows").add("wall", {"model": "m", "cores": 1, "round": 0, "gops": {}, "foreign": 0.0})
     with (tmp_path / "rows").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(DataFileError, match="line 2"):

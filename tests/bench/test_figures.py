@@ -96,6 +96,15 @@ def test_rounds_of_different_runs_are_never_divided():
     assert [row["times_base"] for row in before] == [row["times_base"] for row in after]
 
 
+def test_what_was_measured_beside_others_is_left_out_and_counted():
+    rows = made_rows()
+    busy = [{**row, "round": 7, "seconds": 100.0, "foreign": 0.5} for row in rows if row.get("round") == 0]
+    before, after = summarize(rows), summarize(rows + busy)
+    assert (before["disturbed"], after["disturbed"]) == (0, len(busy))
+    assert {**before, "disturbed": 0} == {**after, "disturbed": 0}
+    assert targets(rows) == targets(rows + busy)
+
+
 def test_the_share_of_the_ceiling_is_of_the_faster_engine():
     figures = summarize(made_rows())
     own = [row for row in figures["bulk"] if row["contender"] == "qingyu-int8" and row["cores"] == 2]
