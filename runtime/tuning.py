@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qingyu.errors import UnsafeFolderError
 from qingyu.runtime.cpu import available_cpus, cpu_flags, cpu_model
-from qingyu.runtime.selfcheck import qingyu_home
+from qingyu.runtime.home import distrusted, own_folder, qingyu_home
 from qingyu.runtime.spec import ModelSpec
 
 __all__ = ["BUDGETS", "Tuning", "forget", "recall", "store"]
 
 FORMAT = 1
+FOLDER = "tuned"
 LIMIT = 1 << 14  # bytes; a file has about 500
 BUDGETS = (32, 1 << 16)  # the token budgets that are believed
 
@@ -60,10 +62,10 @@ def store(spec: ModelSpec, tuning: Tuning) -> Path | None:
     document = {"format": FORMAT, "facts": _facts(spec), "onnxruntime": _version(), **vars(tuning)}
     beside = path.with_name(f".{path.stem}.{os.getpid()}")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own_folder(qingyu_home(), FOLDER)
         beside.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         beside.replace(path)
-    except OSError:
+    except (OSError, UnsafeFolderError):
         with contextlib.suppress(OSError):
             beside.unlink()
         return None
@@ -93,8 +95,8 @@ def _checked(threads: object, token_budget: object) -> Tuning | None:
 
 def _path(spec: ModelSpec) -> Path | None:
     """The file of a graph on this machine. The CPU is read only where anything is stored: it takes a millisecond."""
-    folder = qingyu_home() / "tuned"
-    if not folder.is_absolute():
+    folder = qingyu_home() / FOLDER
+    if not folder.is_absolute() or distrusted(qingyu_home(), FOLDER):
         return None
     return folder / f"{hashlib.sha256(spec.files[spec.graph].sha256.encode()).hexdigest()[:32]}.json"
 

@@ -144,6 +144,17 @@ def test_where_nothing_can_be_written_nothing_is_stored(home, spec, monkeypatch)
     assert not forget(spec)
 
 
+def test_a_home_that_everybody_may_write_to_is_neither_read_nor_written(home, spec):
+    path = store(spec, BEST)
+    home.chmod(0o777)
+    assert recall(spec) is None
+    assert store(spec, BEST) is None
+    assert not forget(spec)
+    assert path.is_file()
+    home.chmod(0o700)
+    assert recall(spec) == BEST
+
+
 def test_nothing_half_written_is_left(home, spec, monkeypatch):
     def fails(*_):
         raise OSError("disk full")
