@@ -118,6 +118,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "machine": sessions[-1]["machine"],
         "dates": sorted({row["started"] for row in sessions}),
         "quick": any(row["quick"] for row in sessions),
+        "disturbed": len(rows) - len(kept),
         "models": {row["model"]: _without(row, "model", "kind", "session") for row in table.of("model", {})},
         "contenders": {
             row["contender"]: _without(row, "contender", "model", "kind", "session")
