@@ -13,7 +13,7 @@ import numpy as np
 from qingyu.errors import InvalidOptionError, TextTooLongError
 from qingyu.runtime.batching import Batcher, Prepared, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
-from qingyu.runtime.long_text import pieces
+from qingyu.runtime.long_text import Count, pieces, spans
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.progress import progress_bar
@@ -221,6 +221,28 @@ class Embedder(TaskModel):
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
         return self._tokenizer.tokenize(text, prompt=self.spec.prompt_text(prompt))
 
+    def spans(
+        self, text: str, *, prompt: str | None = None, most: int | None = None, overlap: int = 0
+    ) -> list[tuple[int, int]]:
+        """Where the pieces of a text lie that the model reads whole: (start, stop) in characters, in their order.
+
+        Pieces are of whole sentences, as ``long_text="mean"`` makes them, with at most ``most`` tokens each (``None``:
+        all that the model reads), ``prompt`` and special tokens left out; neighbours share at most ``overlap`` tokens.
+        """
+        count, room = self._counter(self.spec.prompt_text(prompt))
+        limit = room if most is None else most
+        if not 1 <= limit <= room or not 0 <= overlap <= limit // 2:
+            raise InvalidOptionError(
+                "pieces of a text",
+                expected=f"1 to {room} tokens, and an overlap of at most half of them",
+                found=f"{limit} tokens and an overlap of {overlap}",
+                remedy=f"{self.spec.name} reads {self.spec.max_tokens} tokens, special ones and the prompt included.",
+            )
+        whole = count([text])[0]
+        if whole is not None and whole <= limit:
+            return [(0, len(text))]
+        return spans(text, count, most=limit, overlap=overlap)
+
     def __repr__(self) -> str:
         return f"<Embedder {self.spec.name} {self.spec.precision}, {self.spec.dim} dimensions, {self.folder}>"
 
@@ -280,20 +302,25 @@ class Embedder(TaskModel):
         """The pieces of the texts that are too long, by their place; none where long texts are cut."""
         if long.rule not in COMBINED:
             return []
+        count, room = self._counter(prefix)
+        split = []
+        for place, encoded in enumerate(whole):
+            if encoded.truncated:
+                parts = pieces(texts[place], count, most=room, overlap=long.overlap)
+                read = self._tokenizer.encode(parts, prompt=prefix)
+                report.replace(encoded, read)
+                split.append(_Pieces(place, read))
+        return split
+
+    def _counter(self, prefix: str) -> tuple[Count, int]:
+        """What counts the tokens of texts, and how many of them the model reads beside prompt and special ones."""
         special = len(self._tokenizer.encode([""], prompt=prefix)[0].ids)
 
         def count(parts: Sequence[str]) -> list[int | None]:
             encoded = self._tokenizer.encode(parts, prompt=prefix)
             return [None if one.truncated else len(one.ids) - special for one in encoded]
 
-        split = []
-        for place, encoded in enumerate(whole):
-            if encoded.truncated:
-                parts = pieces(texts[place], count, most=self.spec.max_tokens - special, overlap=long.overlap)
-                read = self._tokenizer.encode(parts, prompt=prefix)
-                report.replace(encoded, read)
-                split.append(_Pieces(place, read))
-        return split
+        return count, self.spec.max_tokens - special
 
     def run_token_states(self, rows: Sequence[EncodedText]) -> list[Floats]:
         """Run rows that ``prepare`` gave as one micro-batch: of each the last layer's states, float32 (tokens, hidden).

@@ -26,10 +26,11 @@ from qingyu.errors import (
 )
 from qingyu.runtime.batching import Batcher, ItemBatcher, Workers, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.home import check_home, qingyu_home
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
 from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
 from qingyu.runtime.scripts import Script
-from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
+from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import unit
@@ -111,8 +112,9 @@ class Report:
 def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
     """The model folder at a path, of a bundle file, or of a plain name: in ``$QINGYU_HOME/models``, or the bundled one.
 
-    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with the places, and for a
-    bundle file what ``open_bundle`` raises.
+    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with the places,
+    ``UnsafeFolderError`` for a name in a home that others can write to, and for a bundle file what ``open_bundle``
+    raises.
     """
     folder = Path(name_or_folder)
     if folder.is_file():
@@ -124,6 +126,7 @@ def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
         return folder
     named = qingyu_home() / "models" / folder
     if re.fullmatch(r"[\w.@-]+", str(name_or_folder)) and named.is_dir():
+        check_home(qingyu_home(), "models", str(folder))
         return named
     bundled = Path(__file__).parent / "bundled" / BUNDLED
     if str(name_or_folder) == BUNDLED and bundled.is_dir():
@@ -231,6 +234,16 @@ class TaskModel:
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
         return self._tokenizer.tokenize(text)
 
+    @property
+    def options(self) -> OpenOptions:
+        """How it was opened."""
+        return self._options
+
+    @property
+    def origin(self) -> Path:
+        """What to open it from again, here or in another process: its folder, or the bundle that it is from."""
+        return self._origin
+
     def load(self) -> None:
         """Load the graph, and check the machine, now instead of at the first text."""
         self._engine.open()
@@ -256,11 +269,6 @@ class TaskModel:
         """
         values: Sequence[Any] = self._batcher.run_rows(rows)
         return values
-
-    @property
-    def options(self) -> OpenOptions:
-        """How it was opened."""
-        return self._options
 
     @property
     def running_spec(self) -> ModelSpec:

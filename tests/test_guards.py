@@ -93,6 +93,7 @@ def inside(name: str, allowed: tuple[str, ...]) -> bool:
 
 # Folder -> what of ours it may import besides itself. "qingyu" alone is the package, for its __version__.
 ALLOWED = {
+    "qingyu.runtime.bulk": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime.serve": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime": ("qingyu.errors",),
@@ -102,7 +103,8 @@ ALLOWED = {
         "qingyu.models.export",
         "qingyu.models.extras",
     ),
-    "qingyu.models": ("qingyu.errors", "qingyu.runtime.spec"),
+    # The cache is written by models and read by runtime: both must call the same home safe.
+    "qingyu.models": ("qingyu.errors", "qingyu.runtime.spec", "qingyu.runtime.home"),
     "qingyu.quantize": ("qingyu.errors", "qingyu.runtime", "qingyu.models"),
     "qingyu.bench": ("qingyu.errors", "qingyu.runtime", "qingyu.models", "qingyu.quantize"),
     "qingyu.errors": (),
@@ -158,7 +160,7 @@ def third_party(found: set[str]) -> set[str]:
 
 
 # Subpackages of the runtime with an extra of their own: what they alone may import, in functions only.
-EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}}
+EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}, "qingyu.runtime.bulk": {"ray", "pyarrow"}}
 
 
 @pytest.mark.parametrize("subpackage", sorted(EXTRAS))

@@ -89,17 +89,24 @@ class Database:
     @classmethod
     def create(cls, folder: Path, facts: Mapping[str, str]) -> Database:
         """A database of no documents, with these facts, in a folder that is there."""
-        path = folder / FILE
+        for path in filter(cls.is_leftover, folder.iterdir()):
+            path.unlink()
+        path, temporary = folder / FILE, folder / f".{FILE}.new"
         with _reported(path):
-            connection = _connect(path, writable=True, create=True)
+            connection = sqlite3.connect(temporary, isolation_level=None)
             try:
-                connection.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION}; {SCHEMA}")
-                rows = {"format": FORMAT, **facts}
-                connection.executemany("INSERT INTO facts VALUES (?, ?)", rows.items())
+                connection.executescript(f"BEGIN; PRAGMA application_id = {APPLICATION}; {SCHEMA}")
+                connection.executemany("INSERT INTO facts VALUES (?, ?)", {"format": FORMAT, **facts}.items())
                 connection.execute("COMMIT")
             finally:
                 connection.close()
+            temporary.rename(path)
         return cls(folder, writable=True)
+
+    @staticmethod
+    def is_leftover(path: Path) -> bool:
+        """Whether a file is what ``create`` leaves behind when it is killed."""
+        return path.name.startswith(f".{FILE}.new")
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -310,12 +317,11 @@ class Database:
         return rows[0] if rows else None
 
 
-def _connect(path: Path, *, writable: bool, create: bool = False) -> sqlite3.Connection:
-    mode = "rwc" if create else "rw"
+def _connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     # A reader needs to write beside the log, too; where it cannot, nobody else can be writing.
     frozen = not writable and not os.access(path.parent, os.W_OK)
     # Characters that mean something in a URI are quoted.
-    address = f"{path.resolve().as_uri()}?{'mode=ro&immutable=1' if frozen else f'mode={mode}'}"
+    address = f"{path.resolve().as_uri()}?{'mode=ro&immutable=1' if frozen else 'mode=rw'}"
     log = path.with_name(path.name + "-wal")
     if frozen and log.is_file() and log.stat().st_size:
         raise StoreError(

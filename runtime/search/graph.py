@@ -20,6 +20,7 @@ import numpy as np
 from qingyu.errors import CorruptFileError, OutputError
 from qingyu.models.extras import require
 from qingyu.runtime.engine import Ids
+from qingyu.runtime.onnxruntime_engine import import_onnxruntime
 from qingyu.runtime.search.codes import Codes
 from qingyu.runtime.search.contract import Metric
 
@@ -50,10 +51,7 @@ class GraphShape:
 
     def index(self, **options: Any) -> Index:  # noqa: ANN401 - usearch's own
         """A usearch index of this shape."""
-        require("search", "usearch")
-        from usearch.index import Index
-
-        return Index(
+        return _index_class()(
             ndim=self.dim,
             metric="cos" if self.codes.scalar == "i8" else KINDS[self.metric],
             dtype=self.codes.scalar,
@@ -62,6 +60,20 @@ class GraphShape:
             expansion_search=SEARCH_WIDTH,
             **options,
         )
+
+
+def _index_class() -> type[Index]:
+    """Usearch's index, imported after onnxruntime: the other way round onnxruntime 1.32 ends in a segmentation fault.
+
+    usearch loads a library with its symbols open to all; among them are those of libstdc++, which onnxruntime then
+    mixes with its own.
+    """
+    require("search", "usearch")
+    import_onnxruntime()
+    from usearch.index import Index
+
+    kind: type[Index] = Index
+    return kind
 
 
 class Graph:

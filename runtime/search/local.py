@@ -119,7 +119,7 @@ class LocalStore:
                 "metric", expected=f"one of {', '.join(METRICS)}", found=repr(space.metric), remedy="Use one."
             )
         place = Path(folder)
-        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        if place.exists() and not (place.is_dir() and all(map(Database.is_leftover, place.iterdir()))):
             raise OutputError(
                 f"cannot make an index at {place}",
                 expected="a new or empty folder",

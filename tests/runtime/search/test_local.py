@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ from qingyu.runtime.search.contract import (
 )
 from qingyu.runtime.search.local import LocalStore
 
-pytest.importorskip("usearch")
+# Not importorskip: usearch must not be imported before onnxruntime.
+pytestmark = pytest.mark.skipif(find_spec("usearch") is None, reason="needs the extra search")
 
 DIM = 16
 WORDS = ["密码", "登录", "天气", "股票", "电影", "老师", "医生", "城市"]
@@ -431,6 +433,24 @@ with LocalStore.open({str(tmp_path / "kb")!r}, writable=True) as store:
     assert len(list((tmp_path / "kb").glob("*graph-*"))) == 1
     with LocalStore.open(tmp_path / "kb", writable=True) as store:
         assert store.damage() == []
+
+
+def test_a_store_may_be_opened_before_any_model(tmp_path, tiny_model):
+    """In a process of its own: importing usearch before onnxruntime would end it."""
+    filled(tmp_path / "kb")
+    program = f"""
+import numpy as np
+from qingyu import Embedder
+from qingyu.runtime.search.local import LocalStore
+with LocalStore.open({str(tmp_path / "kb")!r}) as store:
+    assert len(store.search(np.ones({DIM}, np.float32), k=3)) == 3
+    with Embedder.open({str(tiny_model)!r}) as embedder:
+        assert embedder.embed("今天").shape == (1, 32)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Killed anywhere.
