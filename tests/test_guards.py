@@ -93,6 +93,7 @@ def inside(name: str, allowed: tuple[str, ...]) -> bool:
 
 # Folder -> what of ours it may import besides itself. "qingyu" alone is the package, for its __version__.
 ALLOWED = {
+    "qingyu.runtime.bulk": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime.serve": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime": ("qingyu.errors",),
@@ -159,7 +160,7 @@ def third_party(found: set[str]) -> set[str]:
 
 
 # Subpackages of the runtime with an extra of their own: what they alone may import, in functions only.
-EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}}
+EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}, "qingyu.runtime.bulk": {"ray", "pyarrow"}}
 
 
 @pytest.mark.parametrize("subpackage", sorted(EXTRAS))
