@@ -310,12 +310,13 @@ class Embedder(TaskModel):
         if long.rule not in COMBINED:
             return []
         count, room = self._counter(prefix)
+        first = report.texts - len(texts)  # they were counted whole
         split = []
         for place, encoded in enumerate(whole):
             if encoded.truncated:
                 parts = pieces(texts[place], count, most=room, overlap=long.overlap)
                 read = self._tokenizer.encode(parts, prompt=prefix)
-                report.replace(encoded, read)
+                report.replace(first + place, encoded, read)
                 split.append(_Pieces(place, read))
         return split
 

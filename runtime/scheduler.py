@@ -172,6 +172,7 @@ class Lane:
     again: deque[list[_Row]] = field(default_factory=deque)  # rows whose company failed, one call's at a time
     rate: _Rate = field(default_factory=_Rate)
     calls: int = 0  # under way, waiting or running
+    running: int = 0  # tokens in micro-batches that run
     withdrawn: int = 0  # rows that were not run, as nobody waited for them any more
 
     def measure(self, rows: Sequence[Sequenced]) -> None:
@@ -256,9 +257,9 @@ class Scheduler:
         return self.slots * sum(rates) / len(rates) if rates else 0.0
 
     def expected_wait(self) -> float:
-        """How many seconds what waits will take; nothing is expected of a lane that never ran."""
+        """How many seconds what waits, and half of what runs, will take; 0 for a lane that never ran."""
         return sum(
-            lane.waiting.tokens / (self.slots * lane.rate.value)
+            (lane.waiting.tokens + lane.running / 2) / (self.slots * lane.rate.value)
             for lane in self._lanes
             if lane.waiting.tokens and lane.rate.value > 0
         )
@@ -369,7 +370,9 @@ class Scheduler:
             if delay > 0:
                 self._due = self._loop.call_later(delay, self._start_all)
                 return
-            rows = [row for row in lane.take(self._share(lane)) if not row.call.future.done()]
+            taken = lane.take(self._share(lane))
+            rows = [row for row in taken if not row.call.future.done()]
+            lane.withdrawn += len(taken) - len(rows)
             if rows:
                 self._start(lane, rows)
 
@@ -395,6 +398,7 @@ class Scheduler:
                 call.started = now
                 self._unstarted -= 1
         self._running += 1
+        lane.running += sum(row.tokens for row in rows)
         job = self._workers.submit(partial(_timed, lane.run, [row.item for row in rows]))
         job.add_done_callback(partial(self._tell, lane, rows))
 
@@ -408,6 +412,7 @@ class Scheduler:
 
     def _ended(self, lane: Lane, rows: list[_Row], job: Future[Any]) -> None:
         self._running -= 1
+        lane.running -= sum(row.tokens for row in rows)
         error = job.exception() if not job.cancelled() else _closed_error()
         if error is None:
             values, seconds = job.result()

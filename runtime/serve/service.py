@@ -223,7 +223,8 @@ class Service:
             states = scheduler.lane(name, model.run_token_states, token_budget=budget)
             states.rate = lane.rate
         rows = _sample(model)
-        for _ in range(2):  # the first run is slower than any other
+        model.run_rows(rows)  # slower than any other
+        for _ in range(3):
             lane.measure(rows)
         return Served(name, model, lane, states)
 

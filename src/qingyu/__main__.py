@@ -14,6 +14,7 @@ from qingyu import __version__
 from qingyu.cli import (
     adapt,
     answer,
+    bench,
     bundle,
     bundle_app,
     cache,
@@ -55,6 +56,7 @@ COMMANDS = (
     evaluate,
     adapt,
     info,
+    bench,
     doctor,
     cache,
     bundle,
