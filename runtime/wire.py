@@ -173,8 +173,11 @@ def _base64(vectors: Floats) -> list[str]:
 def _texts(document: Mapping[str, Any], name: str, limits: Limits) -> tuple[str, ...]:
     value = document.get(name)
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list):
         _refuse(name, "a string or a list of strings", value)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            _refuse(f"{name}[{place}]", "a string", text)
     if not texts:
         raise RequestError("empty_input", f"{name}: expected at least one text, found none", parameter=name)
     if len(texts) > limits.texts:

@@ -211,7 +211,7 @@ REFUSED = [
     ("POST", "/embed", json.dumps({"inputs": "好" * 5000}, ensure_ascii=False), 413, "at most 5000 bytes"),
     ("POST", "/v1/embeddings", '{"input": "a", "dimensions": 99}', 400, "1 to 32"),
     ("POST", "/v1/embeddings", '{"input": "a", "prompt": "passage"}', 400, "no prompt"),
-    ("POST", "/v1/embeddings", '{"input": [1, 2]}', 400, "list of strings"),
+    ("POST", "/v1/embeddings", '{"input": [1, 2]}', 400, "expected a string"),
 ]
 
 

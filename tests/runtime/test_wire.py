@@ -78,8 +78,8 @@ def test_tei_requests_are_read_with_its_defaults():
 WRONG = [
     ({}, "invalid_request", "input: expected a string or a list of strings, found nothing"),
     ({"input": []}, "empty_input", "input: expected at least one text, found none"),
-    ({"input": ["a", 1]}, "invalid_request", "input: expected a string or a list of strings, found a list"),
-    ({"input": [101, 102]}, "invalid_request", "input: expected a string or a list of strings, found a list"),
+    ({"input": ["a", 1]}, "invalid_request", "input[1]: expected a string, found a number"),
+    ({"input": [101, 102]}, "invalid_request", "input[0]: expected a string, found a number"),
     ({"input": ["a"] * 4}, "too_many_inputs", "input: expected at most 3 texts, found 4"),
     (
         {"input": "a", "dimensions": 1.5},
