@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from qingyu.bench import index_build, search
+from qingyu.bench import index_build, search, search_modes
 from qingyu.runtime.vectors import unit
 
 pytestmark = pytest.mark.skipif(find_spec("usearch") is None, reason="needs the extra search")
@@ -65,3 +65,22 @@ def test_building_is_measured_beside_embedding(tiny_model, monkeypatch):
     assert (found["embedding"]["documents"], found["indexing"]["documents"]) == (100, 300)
     assert found["graph_entries"] == 300
     assert 0 < found["share_by_cpu"] < 2
+
+
+def test_modes_are_measured_on_a_set(tiny_model, tmp_path, capsys):
+    texts = ["今天天气真好", "外面阳光明媚", "股票大跌", "怎么修改登录密码", "忘记密码了怎么办"]
+    rows = "\n".join(json.dumps({"id": n, "text": text}) for n, text in enumerate(texts))
+    for name in ("queries", "corpus"):
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    (tmp_path / "qrels.tsv").write_text(
+        "query_id\tdoc_id\trel\n" + "".join(f"{n}\t{n}\t1\n" for n in range(5)), encoding="utf-8"
+    )
+    for _ in range(2):  # made, and then opened again
+        assert (
+            search_modes.main([str(tiny_model), "--data", str(tmp_path), "--index", str(tmp_path / "kb")])
+            == 0
+        )
+        lines = {line["mode"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+        assert list(lines) == ["vector", "words", "hybrid"]
+        assert lines["words"]["recall@1"] == lines["words"]["recall@10"] == 100
+        assert all(line["queries"] == 5 and line["median_ms"] > 0 for line in lines.values())
