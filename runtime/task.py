@@ -33,6 +33,7 @@ from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
+from qingyu.runtime.tuning import Tuning, recall
 from qingyu.runtime.vectors import unit
 
 __all__ = [
@@ -199,6 +200,11 @@ class OpenOptions:
                 remedy="Give it in megabytes.",
             )
 
+    def tuning(self, spec: ModelSpec) -> Tuning | None:
+        """What `qingyu doctor --measure` found best here, unless these options decide about it."""
+        decided = self.threads is not None or self.profile != "throughput"
+        return None if decided else recall(spec)
+
 
 class TaskModel:
     """One opened model folder; thread-safe, usable in a forked child, picklable, and a context manager.
@@ -235,9 +241,12 @@ class TaskModel:
             unicode_form=options.unicode_form,
             script=options.script,
         )
-        runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=options.threads)
+        tuned = options.tuning(spec)
+        threads = options.threads if tuned is None else tuned.threads
+        runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=threads)
         engine = CheckedEngine(runner, tokenizer.as_written(), enabled=options.self_check)
-        model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, options.max_memory_mb))
+        budget = engine.settings.token_budget if tuned is None else tuned.token_budget
+        model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, budget, options.max_memory_mb))
         model._options = options
         # What to open again elsewhere: a bundle itself, for it may be unpacked for this process only.
         model._origin = Path(name_or_folder).resolve() if Path(name_or_folder).is_file() else folder
@@ -394,7 +403,7 @@ def listed(texts: str | Iterable[str]) -> list[str]:
     return list(texts)
 
 
-def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> Plan:
+def _plan(engine: CheckedEngine, spec: ModelSpec, token_budget: int, max_memory_mb: int | None) -> Plan:
     free = None
     if max_memory_mb is not None:
         engine.open()  # what the weights take is measured, not estimated
@@ -403,6 +412,6 @@ def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> 
         spec.architecture,
         max_tokens=spec.max_tokens,
         workers=engine.workers,
-        token_budget=engine.settings.token_budget,
+        token_budget=token_budget,
         free_bytes=free,
     )
