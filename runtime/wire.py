@@ -62,7 +62,7 @@ class Reply:
 
 
 class RequestError(Exception):
-    """A request that gets no answer but a refusal: a ``code`` of ``serve.statuses``, and a message.
+    """A request that gets no answer but a refusal: a ``code`` for programs, and a message for people.
 
     ``parameter`` names the field at fault.
     """

@@ -21,7 +21,7 @@ from qingyu.errors import InputError, InvalidOptionError, QingyuError
 from qingyu.runtime import wire
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.fingerprint import fingerprint
-from qingyu.runtime.serve.statuses import RefusedError, Style, refusal_of, reply_of
+from qingyu.runtime.serverless.refusals import Style, refusal, refusal_of
 from qingyu.runtime.wire import Limits, Reply, RequestError
 
 if TYPE_CHECKING:
@@ -111,28 +111,25 @@ class App:
         style: Style = "openai" if route is not None and route.startswith("/v1/") else "tei"
         try:
             return self._answer(request, route)
-        except RefusedError as refused:
-            return reply_of(refused, style)
         except RequestError as wrong:
-            known = RefusedError(wrong.code, str(wrong), parameter=wrong.parameter, headers=wrong.headers)
-            return reply_of(known, style)
+            return refusal(wrong, style)
         except QingyuError as error:
             if not isinstance(error, InputError):
                 print(f"qingyu: {error}", file=sys.stderr)  # noqa: T201 - the platforms' log
-            return reply_of(refusal_of(error), style)
+            return refusal_of(error, style)
 
     def _answer(self, request: Request, route: str | None) -> Reply:
         if route is None:
-            raise RefusedError("not_found", f"no such path: expected one of {', '.join(ROUTES)}")
+            raise RequestError("not_found", f"no such path: expected one of {', '.join(ROUTES)}")
         method, needs_key, answer = ROUTES[route]
         if request.method.upper() != method and (request.method.upper(), method) != ("HEAD", "GET"):
-            raise RefusedError("method_not_allowed", f"{route} takes {method}", headers={"allow": method})
+            raise RequestError("method_not_allowed", f"{route} takes {method}", headers={"allow": method})
         if needs_key:
             self._check_key(request.headers.get("authorization", ""))
         reply = answer(self, request)
         if len(reply.body) > self._settings.limits.reply_bytes:
             most = self._settings.limits.reply_bytes
-            raise RefusedError(
+            raise RequestError(
                 "too_many_inputs",
                 f"the answer would take {len(reply.body)} bytes of {most}: send fewer texts",
             )
@@ -142,7 +139,7 @@ class App:
         key = self._settings.api_key
         # In constant time, and of bytes: strings that are not ASCII would be refused by an exception.
         if key is not None and not hmac.compare_digest(_octets(sent), _octets(f"Bearer {key}")):
-            raise RefusedError(
+            raise RequestError(
                 "unauthorized",
                 "expected the API key as a bearer token",
                 headers={"www-authenticate": "Bearer"},
@@ -179,9 +176,9 @@ class App:
 
     def _document(self, request: Request) -> dict[str, object]:
         if request.headers.get("content-encoding", "identity") != "identity":
-            raise RefusedError("unsupported_media_type", "expected a body that is not compressed")
+            raise RequestError("unsupported_media_type", "expected a body that is not compressed")
         if len(request.body) > self._settings.limits.body_bytes:
-            raise RefusedError(
+            raise RequestError(
                 "body_too_large", f"expected a body of at most {self._settings.limits.body_bytes} bytes"
             )
         return wire.parse_json(request.body)

@@ -90,7 +90,6 @@ RUNTIME_FILES = (
     "qingyu/runtime/*.py",
     "qingyu/runtime/*.onnx",
     "qingyu/runtime/serverless/*.py",
-    *("qingyu/runtime/serve/__init__.py", "qingyu/runtime/serve/statuses.py"),
 )
 COMMAND_FILES = ("qingyu/__main__.py", "qingyu/cli/*.py")
 SERVER_FILES = ("qingyu/runtime/serve/*", "qingyu/models/__init__.py", "qingyu/models/extras.py")

@@ -244,6 +244,13 @@ ALIKE = [
 ]
 
 
+def test_codes_have_the_statuses_that_the_server_gives_them():
+    from qingyu.runtime.serve.statuses import STATUSES
+    from qingyu.runtime.serverless import refusals
+
+    assert {code: STATUSES[code].number for code in refusals.STATUSES} == refusals.STATUSES
+
+
 def without_words(refusal):
     """A refusal but for its message, which names the fields that are known there."""
     error = refusal["error"]
