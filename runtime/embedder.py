@@ -13,9 +13,10 @@ import numpy as np
 from qingyu.errors import InvalidOptionError, TextTooLongError
 from qingyu.runtime.batching import Batcher, Prepared, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.engines import EngineName
+from qingyu.runtime.graph_engine import Profile
 from qingyu.runtime.long_text import pieces
 from qingyu.runtime.memory import Plan
-from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.progress import progress_bar
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec, Task
@@ -75,6 +76,7 @@ class Embedder(TaskModel):
     """
 
     TASK: ClassVar[Task] = "embedding"
+    RUNS_OPENVINO: ClassVar[bool] = True
 
     def __init__(
         self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
@@ -99,6 +101,7 @@ class Embedder(TaskModel):
         special_tokens: Literal["parse", "text"] = "parse",
         unicode_form: Literal["NFKC"] | None = None,
         self_check: bool = True,
+        engine: EngineName = "auto",
     ) -> Embedder:
         """An embedder for a model folder or a bundle (the model in the package if none is named).
 
@@ -112,15 +115,18 @@ class Embedder(TaskModel):
         full-width and compatibility forms before tokenizing, which the reference does not do. ``self_check=False``
         trusts this machine's arithmetic: else the model's golden texts are embedded before the first vector on a
         machine, which takes milliseconds, and ``KernelError`` raised or, where the folder has an FP32 graph too,
-        ``FallbackWarning`` issued when their vectors are wrong.
+        ``FallbackWarning`` issued when their vectors are wrong. ``engine``: "onnxruntime"; "openvino", for folders
+        made with ``qingyu quantize --openvino``; or "auto", which takes OpenVINO where it is installed and was measured
+        faster on a CPU like this one (see ``qingyu.runtime.engines``).
 
         Raises ``ModelNotFoundError``, ``ManifestError``, ``CorruptFileError``, ``TokenizerError``,
         ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``, ``UnsupportedModelError`` for a model of
-        another task, and for a bundle ``BundleError``, too.
+        another task or without a file for the engine asked for, ``MissingExtraError`` for an engine that is not
+        installed, and for a bundle ``BundleError``, too.
         """
         return cls._opened(
             name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
+            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, engine),
         )
 
     @property

@@ -26,8 +26,9 @@ from qingyu.errors import (
 )
 from qingyu.runtime.batching import Batcher, ItemBatcher, Workers, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.engines import EngineName, check_engine, choose_engine
+from qingyu.runtime.graph_engine import PROFILES, Profile
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
-from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
@@ -145,6 +146,7 @@ class OpenOptions:
     special_tokens: Literal["parse", "text"] = "parse"
     unicode_form: Literal["NFKC"] | None = None
     self_check: bool = True
+    engine: EngineName = "auto"
 
     def check(self) -> None:
         """Raise ``InvalidOptionError`` for what no model can be opened with."""
@@ -161,6 +163,7 @@ class OpenOptions:
                     found=repr(value),
                     remedy="Use one of them.",
                 )
+        check_engine(self.engine, profile=self.profile, max_memory_mb=self.max_memory_mb)
         if self.max_memory_mb is not None and self.max_memory_mb < 1:
             raise InvalidOptionError(
                 "max_memory_mb",
@@ -177,6 +180,7 @@ class TaskModel:
     """
 
     TASK: ClassVar[Task]
+    RUNS_OPENVINO: ClassVar[bool] = False
     _batcher: Batcher | ItemBatcher[Any, Any]
 
     def __init__(
@@ -204,7 +208,15 @@ class TaskModel:
             special_tokens=options.special_tokens,
             unicode_form=options.unicode_form,
         )
-        runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=options.threads)
+        runner = choose_engine(
+            folder,
+            spec,
+            engine=options.engine,
+            profile=options.profile,
+            threads=options.threads,
+            max_memory_mb=options.max_memory_mb,
+            runs_openvino=cls.RUNS_OPENVINO,
+        )
         engine = CheckedEngine(runner, tokenizer, enabled=options.self_check)
         model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, options.max_memory_mb))
         model._options = options
@@ -257,6 +269,11 @@ class TaskModel:
         """The manifest of what runs: of the FP32 graph, where the self-check made it take over."""
         return self._engine.spec
 
+    @property
+    def engine(self) -> str:
+        """What runs the model: "onnxruntime" or "openvino"."""
+        return self._engine.library
+
     def close(self) -> None:
         """Wait for runs under way and free the graph; later calls raise ``ClosedError``."""
         self._workers.close()
@@ -299,6 +316,7 @@ class TextModel(TaskModel):
         special_tokens: Literal["parse", "text"] = "parse",
         unicode_form: Literal["NFKC"] | None = None,
         self_check: bool = True,
+        engine: EngineName = "auto",
     ) -> T:
         """The model of a folder that was exported for this class.
 
@@ -306,7 +324,7 @@ class TextModel(TaskModel):
         """
         return cls._opened(
             name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check),
+            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, engine),
         )
 
     def _token_windows(

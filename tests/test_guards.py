@@ -154,7 +154,7 @@ def third_party(found: set[str]) -> set[str]:
 
 
 # Subpackages of the runtime with an extra of their own: what they alone may import, in functions only.
-EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}}
+EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}, "qingyu.runtime.openvino": {"openvino"}}
 
 
 @pytest.mark.parametrize("subpackage", sorted(EXTRAS))
