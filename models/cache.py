@@ -11,6 +11,8 @@ Nothing depends on the locks but that work. Every file and folder is made under 
 renamed when it is whole and checked; a folder never mixes revisions, because the revision is in its name. Where the
 catalogue and the source tell no hash, the first download is recorded and later ones must match it.
 
+A home that others can write to is refused (``qingyu.runtime.home``), for reading by name as for writing.
+
 Not here: where files come from (``qingyu.models.sources``), and making models.
 """
 
@@ -35,6 +37,7 @@ from qingyu.errors import CorruptFileError, ManifestError, ModelNotFoundError, O
 from qingyu.models.sources.download import download, git_sha1
 from qingyu.models.sources.http import Limits
 from qingyu.models.sources.listing import RemoteFile, Snapshot
+from qingyu.runtime.home import check_home, own_folder
 from qingyu.runtime.spec import FileRecord, check_file, decode, read_spec, sha256_of
 
 __all__ = ["Cache", "CacheEntry", "Record"]
@@ -98,6 +101,8 @@ class Cache:
         """
         folder = self.checkpoint(snapshot)
         key = _key(snapshot.repository, snapshot.revision)
+        with self._writing(folder):
+            own_folder(self.home, "checkpoints", key)
         with self.lock(key):
             record = self._record(key) or _new_record(snapshot)
             wanted = [_expected(file, known or {}, record, snapshot) for file in snapshot.files]
@@ -110,6 +115,8 @@ class Cache:
     def find_checkpoint(self, repository: str, asked: str | None) -> tuple[Path, Record] | None:
         """The whole checkpoint of a repository that is here: of the revision, or the one downloaded last."""
         found = []
+        check_home(self.home, "records")
+        check_home(self.home, "checkpoints")
         for path in (self.home / "records").glob("*.json"):
             record = self._record(path.stem)
             if record is None or record.repository != repository:
@@ -146,6 +153,7 @@ class Cache:
     def find_model(self, name: str, revision: str | None, recipe: str) -> Path | None:
         """The whole model folder of a name and recipe that is here: of the revision, or the one made last."""
         found = []
+        check_home(self.home, "models")
         for folder in (self.home / "models").glob(f"{_plain(name)}@*.{recipe}"):
             of = folder.name.removeprefix(f"{_plain(name)}@").removesuffix(f".{recipe}")
             if (revision is None or of == _short(revision)) and self.is_whole(folder):
@@ -273,9 +281,7 @@ class Cache:
             yield
 
     def _folder(self, name: str) -> Path:
-        folder = self.home / name
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder
+        return own_folder(self.home, name)
 
     def _put_aside(self, folder: Path) -> None:
         aside = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
@@ -290,6 +296,7 @@ class Cache:
     def _writing(self, place: Path) -> Iterator[None]:
         if not self.home.is_absolute():
             raise _cannot_write(place, "a home folder that is not known")
+        check_home(self.home)
         try:
             yield
         except OSError as error:

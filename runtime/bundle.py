@@ -7,7 +7,7 @@ every zip tool can read what is written. Each file must have the SHA-256 that th
 bundle is code.
 
 A bundle is opened by unpacking it once, into ``$QINGYU_HOME/bundles`` under the hash of its manifest, or into a
-temporary folder where that cannot be written. Not here: archives of 4 GiB and more (zip64).
+temporary folder where that cannot be written, or others can write there. Not here: archives of 4 GiB and more (zip64).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from qingyu.errors import BundleError, CorruptFileError, ManifestError, ModelNotFoundError, OutputError
-from qingyu.runtime.selfcheck import qingyu_home
+from qingyu.runtime.home import distrusted, own_folder, qingyu_home
 from qingyu.runtime.spec import (
     MANIFEST,
     MANIFEST_LIMIT,
@@ -129,11 +129,12 @@ def open_bundle(path: Path) -> Path:
     with _opened(path) as archive:
         home = qingyu_home() / "bundles"
         target = home / archive.digest
-        if _is_whole(target, archive.spec):
+        ours = home.is_absolute() and not distrusted(qingyu_home(), "bundles", archive.digest)
+        if ours and _is_whole(target, archive.spec):
             return target
-        if home.is_absolute():
+        if ours:
             with contextlib.suppress(OSError):
-                home.mkdir(mode=0o700, parents=True, exist_ok=True)
+                own_folder(qingyu_home(), "bundles")
                 return _unpack_to(archive, target)
         return _unpack_for_process(archive)
 

@@ -15,9 +15,10 @@ from qingyu.runtime.batching import Batcher, Prepared, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.engines import EngineName
 from qingyu.runtime.graph_engine import Profile
-from qingyu.runtime.long_text import pieces
+from qingyu.runtime.long_text import Count, pieces, spans
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.progress import progress_bar
+from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec, Task
 from qingyu.runtime.task import BUNDLED, OpenOptions, Report, TaskModel, find_model, listed
@@ -100,6 +101,7 @@ class Embedder(TaskModel):
         max_memory_mb: int | None = None,
         special_tokens: Literal["parse", "text"] = "parse",
         unicode_form: Literal["NFKC"] | None = None,
+        script: Script | None = None,
         self_check: bool = True,
         engine: EngineName = "auto",
     ) -> Embedder:
@@ -112,21 +114,24 @@ class Embedder(TaskModel):
         container's CPU quota allow. ``max_memory_mb``: the resident memory that this process may reach while
         embedding; it decides workers and token budget, and loads the graph at once. ``special_tokens="text"``
         reads a typed ``[MASK]`` as plain text instead of the special token. ``unicode_form="NFKC"`` folds
-        full-width and compatibility forms before tokenizing, which the reference does not do. ``self_check=False``
-        trusts this machine's arithmetic: else the model's golden texts are embedded before the first vector on a
-        machine, which takes milliseconds, and ``KernelError`` raised or, where the folder has an FP32 graph too,
-        ``FallbackWarning`` issued when their vectors are wrong. ``engine``: "onnxruntime"; "openvino", for folders
-        made with ``qingyu quantize --openvino``; or "auto", which takes OpenVINO where it is installed and was measured
-        faster on a CPU like this one (see ``qingyu.runtime.engines``).
+        full-width and compatibility forms before tokenizing, ``script="simplified"`` (or "traditional") reads
+        Chinese in that script, whatever it is written in (extra ``opencc``); the reference does neither.
+        ``self_check=False`` trusts this machine's arithmetic: else the model's golden texts are embedded before the
+        first vector on a machine, which takes milliseconds, and ``KernelError`` raised or, where the folder has an
+        FP32 graph too, ``FallbackWarning`` issued when their vectors are wrong. ``engine``: "onnxruntime"; "openvino",
+        for folders made with ``qingyu quantize --openvino``; or "auto", which takes OpenVINO where it is installed and
+        was measured faster on a CPU like this one (see ``qingyu.runtime.engines``).
 
         Raises ``ModelNotFoundError``, ``ManifestError``, ``CorruptFileError``, ``TokenizerError``,
-        ``GraphError``, ``InvalidOptionError`` or ``MemoryBudgetError``, ``UnsupportedModelError`` for a model of
-        another task or without a file for the engine asked for, ``MissingExtraError`` for an engine that is not
-        installed, and for a bundle ``BundleError``, too.
+        ``GraphError``, ``InvalidOptionError``, ``MissingExtraError`` or ``MemoryBudgetError``,
+        ``UnsupportedModelError`` for a model of another task or without a file for the engine asked for, and for a
+        bundle ``BundleError``, too.
         """
         return cls._opened(
             name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, engine),
+            OpenOptions(
+                profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, script, engine
+            ),
         )
 
     @property
@@ -224,6 +229,28 @@ class Embedder(TaskModel):
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
         return self._tokenizer.tokenize(text, prompt=self.spec.prompt_text(prompt))
 
+    def spans(
+        self, text: str, *, prompt: str | None = None, most: int | None = None, overlap: int = 0
+    ) -> list[tuple[int, int]]:
+        """Where the pieces of a text lie that the model reads whole: (start, stop) in characters, in their order.
+
+        Pieces are of whole sentences, as ``long_text="mean"`` makes them, with at most ``most`` tokens each (``None``:
+        all that the model reads), ``prompt`` and special tokens left out; neighbours share at most ``overlap`` tokens.
+        """
+        count, room = self._counter(self.spec.prompt_text(prompt))
+        limit = room if most is None else most
+        if not 1 <= limit <= room or not 0 <= overlap <= limit // 2:
+            raise InvalidOptionError(
+                "pieces of a text",
+                expected=f"1 to {room} tokens, and an overlap of at most half of them",
+                found=f"{limit} tokens and an overlap of {overlap}",
+                remedy=f"{self.spec.name} reads {self.spec.max_tokens} tokens, special ones and the prompt included.",
+            )
+        whole = count([text])[0]
+        if whole is not None and whole <= limit:
+            return [(0, len(text))]
+        return spans(text, count, most=limit, overlap=overlap)
+
     def __repr__(self) -> str:
         return f"<Embedder {self.spec.name} {self.spec.precision}, {self.spec.dim} dimensions, {self.folder}>"
 
@@ -283,20 +310,35 @@ class Embedder(TaskModel):
         """The pieces of the texts that are too long, by their place; none where long texts are cut."""
         if long.rule not in COMBINED:
             return []
+        count, room = self._counter(prefix)
+        split = []
+        for place, encoded in enumerate(whole):
+            if encoded.truncated:
+                parts = pieces(texts[place], count, most=room, overlap=long.overlap)
+                read = self._tokenizer.encode(parts, prompt=prefix)
+                report.replace(encoded, read)
+                split.append(_Pieces(place, read))
+        return split
+
+    def _counter(self, prefix: str) -> tuple[Count, int]:
+        """What counts the tokens of texts, and how many of them the model reads beside prompt and special ones."""
         special = len(self._tokenizer.encode([""], prompt=prefix)[0].ids)
 
         def count(parts: Sequence[str]) -> list[int | None]:
             encoded = self._tokenizer.encode(parts, prompt=prefix)
             return [None if one.truncated else len(one.ids) - special for one in encoded]
 
-        split = []
-        for place, encoded in enumerate(whole):
-            if encoded.truncated:
-                parts = pieces(texts[place], count, most=self.spec.max_tokens - special, overlap=long.overlap)
-                read = self._tokenizer.encode(parts, prompt=prefix)
-                report.replace(encoded, read)
-                split.append(_Pieces(place, read))
-        return split
+        return count, self.spec.max_tokens - special
+
+    def run_token_states(self, rows: Sequence[EncodedText]) -> list[Floats]:
+        """Run rows that ``prepare`` gave as one micro-batch: of each the last layer's states, float32 (tokens, hidden).
+
+        Special tokens are among them. Raises what the engine raises.
+        """
+        batch = TokenBatch.pad([row.ids for row in rows], self._tokenizer.pad_id)
+        states = self._engine.run(batch, ("token_states",))[0]
+        # A copy, since a view would keep the whole micro-batch alive.
+        return [own[: len(row.ids)].copy() for own, row in zip(states, rows, strict=True)]
 
     def _pooled(self, batch: TokenBatch) -> Floats:
         return self._engine.run(batch, ("pooled",))[0]

@@ -29,15 +29,40 @@ from qingyu.runtime.engines import EngineName
 from qingyu.runtime.graph_engine import Profile
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.scores import log_softmax
+from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine
 from qingyu.runtime.spec import ModelSpec, Task
 from qingyu.runtime.task import OpenOptions, Report, TaskModel, listed
 from qingyu.runtime.tokenizer import EncodedText, Tokenizer
 
-__all__ = ["FillMask", "FilledText", "GoldenFill", "Prediction", "check_golden", "check_results"]
+__all__ = [
+    "CandidateScore",
+    "FillMask",
+    "FilledText",
+    "GoldenFill",
+    "Prediction",
+    "check_golden",
+    "check_results",
+]
 
 OUTPUT = "mask_logits"
 K = TypeVar("K")
+
+CandidateScore = Literal["left_to_right", "mean_pll", "pll"]
+
+
+class _Scoring(NamedTuple):
+    """Whether the tokens behind one are masked with it, and whether its words' tokens are averaged, not added up."""
+
+    masks_rest: bool
+    mean: bool
+
+
+SCORINGS: Mapping[CandidateScore, _Scoring] = {
+    "left_to_right": _Scoring(masks_rest=True, mean=False),
+    "mean_pll": _Scoring(masks_rest=False, mean=True),
+    "pll": _Scoring(masks_rest=False, mean=False),
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +70,8 @@ class Prediction:
     """One word for one mask.
 
     ``token`` is the word, ``id`` its number in the vocabulary (of its first token, where it has several). ``score``
-    is its probability; of a word of several tokens the product of their probabilities, each of them masked in turn.
-    ``text`` is the caller's text with the word in the mask's place.
+    is its probability; what it is for a word of several tokens, ``FillMask.fill`` says. ``text`` is the caller's text
+    with the word in the mask's place.
     """
 
     token: str
@@ -91,6 +116,25 @@ class _Masked:
 class _Candidate(NamedTuple):
     word: str
     ids: tuple[int, ...]
+
+
+class _Ranking(NamedTuple):
+    """Candidates and how they are scored."""
+
+    words: list[_Candidate]
+    scoring: _Scoring
+
+
+class _Question(NamedTuple):
+    """A token whose log-probability at ``place``, among a text's own tokens, is wanted of one row.
+
+    ``row`` is where a candidate stands in the text and its tokens with those masked that are not to be seen, or
+    ``None`` for the text as it is.
+    """
+
+    row: tuple[int, tuple[int, ...]] | None
+    place: int
+    token: int
 
 
 class _Scored(NamedTuple):
@@ -149,6 +193,7 @@ class FillMask(TaskModel):
         threads: int | None = None,
         max_memory_mb: int | None = None,
         unicode_form: Literal["NFKC"] | None = None,
+        script: Script | None = None,
         self_check: bool = True,
         engine: EngineName = "auto",
     ) -> FillMask:
@@ -156,7 +201,9 @@ class FillMask(TaskModel):
 
         ``UnsupportedModelError`` for a model folder of another task.
         """
-        options = OpenOptions(profile, threads, max_memory_mb, "parse", unicode_form, self_check, engine)
+        options = OpenOptions(
+            profile, threads, max_memory_mb, "parse", unicode_form, self_check, script, engine
+        )
         return cls._opened(name_or_folder, options)
 
     def fill(
@@ -165,21 +212,33 @@ class FillMask(TaskModel):
         *,
         top_k: int = 5,
         candidates: Sequence[str] | None = None,
+        scoring: CandidateScore = "left_to_right",
         report: Report | None = None,
     ) -> list[FilledText]:
         """For each text, and each mask in it, the ``top_k`` likeliest words, or the best ``top_k`` ``candidates``.
 
-        Scores are probabilities over the whole vocabulary, also with candidates. A candidate of several tokens is
-        put in place of the mask, and its score is exp of its pseudo-log-likelihood (Salazar et al. 2020, "Masked
-        Language Model Scoring"): the sum of log-probabilities of its tokens, each masked in turn while the others
-        stand. Tokens of one word predict each other, so such scores favour long words over short ones; compare
-        words of one length. Other masks of the text stay masked.
+        Scores are probabilities over the whole vocabulary, also with candidates. A candidate of several tokens is put
+        in place of the mask, one mask for each token; other masks of the text stay masked. Its score is, by
+        ``scoring``,
+
+        - "left_to_right": the product of its tokens' probabilities, each with the ones before it in sight and the
+          others masked (Kauf and Ivanova 2023, "A Better Way to Do Masked Language Model Scoring"). Over all words of
+          so many tokens these scores add up to 1, as they do over the vocabulary for words of one.
+        - "mean_pll": the geometric mean of its tokens' probabilities, each masked alone.
+        - "pll": their product, exp of the pseudo-log-likelihood of Salazar et al. 2020, "Masked Language Model
+          Scoring". Tokens of one word give each other away, so it favours long words over short ones.
+
+        All three are the probability itself for a candidate of one token.
 
         Raises ``InvalidTextError`` for a text without a mask, ``TextTooLongError`` where a mask, or a candidate in
         its place, is beyond the tokens that the model reads, and ``InvalidOptionError`` for a candidate that the
         vocabulary does not know.
         """
-        return list(self.fill_stream(listed(texts), top_k=top_k, candidates=candidates, report=report))
+        return list(
+            self.fill_stream(
+                listed(texts), top_k=top_k, candidates=candidates, scoring=scoring, report=report
+            )
+        )
 
     def fill_stream(
         self,
@@ -187,6 +246,7 @@ class FillMask(TaskModel):
         *,
         top_k: int = 5,
         candidates: Sequence[str] | None = None,
+        scoring: CandidateScore = "left_to_right",
         report: Report | None = None,
     ) -> Iterator[FilledText]:
         """The same for an iterable of any length, in bounded memory."""
@@ -194,7 +254,9 @@ class FillMask(TaskModel):
 
         def prepared() -> Iterator[tuple[_Ready, Sequence[_Row]]]:
             for window in windows(texts):
-                ready = self.prepare(window, top_k=top_k, candidates=candidates, report=counted)
+                ready = self.prepare(
+                    window, top_k=top_k, candidates=candidates, scoring=scoring, report=counted
+                )
                 yield ready, ready.rows
 
         _check_top_k(top_k)
@@ -208,6 +270,7 @@ class FillMask(TaskModel):
         *,
         top_k: int = 5,
         candidates: Sequence[str] | None = None,
+        scoring: CandidateScore = "left_to_right",
         report: Report | None = None,
     ) -> _Ready:
         """What ``fill`` runs for these texts, to be run by somebody else: a scheduler, which mixes callers.
@@ -216,23 +279,26 @@ class FillMask(TaskModel):
         """
         _check_top_k(top_k)
         counted = Report() if report is None else report
-        words = None if candidates is None else self._candidates(candidates)
+        ranking = None if candidates is None else self._ranking(candidates, scoring)
         first = counted.texts
         found = [self._masked(text, first + n) for n, text in enumerate(texts)]
         counted.add([EncodedText(self._ids(m), m.unknown, m.truncated) for m in found])
-        rows = [self._rows(masked, first + n, top_k, words) for n, masked in enumerate(found)]
+        rows = [self._rows(masked, first + n, top_k, ranking) for n, masked in enumerate(found)]
         window = _Window(texts, found, [len(own) for own in rows])
         return Prepared(
             [row for own in rows for row in own],
-            lambda results: list(self._filled(window, results, top_k, words)),
+            lambda results: list(self._filled(window, results, top_k, ranking)),
         )
 
-    def pseudo_log_likelihood(self, texts: str | Iterable[str]) -> NDArray[np.float64]:
+    def pseudo_log_likelihood(
+        self, texts: str | Iterable[str], *, per_token: bool = False
+    ) -> NDArray[np.float64]:
         """How likely each text is as a whole, natural logarithm, float64 (n,): Salazar et al. 2020, PLL.
 
         The sum over the text's tokens of each one's log-probability while it alone is masked; as many rows are run
-        as there are tokens. 0 for a text without any. Raises ``TextTooLongError`` for more than the model reads,
-        and ``InvalidTextError`` for a text that has a mask itself.
+        as there are tokens. ``per_token`` divides it by the number of tokens, to compare texts of different lengths;
+        exp of minus that is the text's pseudo-perplexity. 0 for a text without any. Raises ``TextTooLongError`` for
+        more than the model reads, and ``InvalidTextError`` for a text that has a mask itself.
         """
         totals: list[float] = []
 
@@ -244,7 +310,9 @@ class FillMask(TaskModel):
 
         for counts, results in self._batcher.run_windows(encoded()):
             logs = iter(results)
-            totals += [sum(float(next(logs)[0].logs[0]) for _ in range(count)) for count in counts]
+            for count in counts:
+                total = sum(float(next(logs)[0].logs[0]) for _ in range(count))
+                totals.append(total / max(1, count) if per_token else total)
         return np.array(totals, dtype=np.float64)
 
     def mask_logits(self, batch: TokenBatch) -> Floats:
@@ -292,7 +360,14 @@ class FillMask(TaskModel):
         count = 0 if unknown is None else kept.count(unknown)
         return _Masked(content, places, parts, count, len(content) > room)
 
-    def _candidates(self, candidates: Sequence[str]) -> list[_Candidate]:
+    def _ranking(self, candidates: Sequence[str], scoring: CandidateScore) -> _Ranking:
+        if scoring not in SCORINGS:
+            raise InvalidOptionError(
+                "scoring",
+                expected=", ".join(map(repr, SCORINGS)),
+                found=repr(scoring),
+                remedy="Use one of them.",
+            )
         if isinstance(candidates, str) or not candidates:
             raise InvalidOptionError(
                 "candidates",
@@ -300,10 +375,11 @@ class FillMask(TaskModel):
                 found=repr(candidates),
                 remedy="Leave it out to choose from the whole vocabulary.",
             )
-        return [self._candidate(word) for word in dict.fromkeys(candidates)]
+        words = [self._candidate(word) for word in dict.fromkeys(candidates)]
+        return _Ranking(words, SCORINGS[scoring])
 
     def _candidate(self, word: str) -> _Candidate:
-        known = self._tokenizer.id_of(word) if isinstance(word, str) else None
+        known = self._tokenizer.id_of(self._tokenizer.in_script(word)) if isinstance(word, str) else None
         ids = (
             (known,)
             if known is not None
@@ -319,33 +395,38 @@ class FillMask(TaskModel):
             )
         return _Candidate(word, ids)
 
-    def _rows(
-        self, masked: _Masked, number: int, top_k: int, words: Sequence[_Candidate] | None
-    ) -> list[_Row]:
-        """The rows that a text takes: itself once, and once for each token of each long candidate at each mask."""
-        ids, before = self._tokenizer.surrounded(masked.content)
-        chosen = tuple(before + place for place in masked.masks)
-        if words is None:
-            return [_Row(ids, chosen, top=top_k)]
-        short = tuple(word.ids[0] for word in words if len(word.ids) == 1)
-        rows = [_Row(ids, chosen, wanted=(short,) * len(chosen))] if short else []
-        for place in masked.masks:
-            for word in words:
-                if len(word.ids) > 1:
-                    rows += self._word_rows(masked.content, place, word, number)
-        return rows
+    def _rows(self, masked: _Masked, number: int, top_k: int, ranking: _Ranking | None) -> list[_Row]:
+        """The rows that a text takes: itself, or, to rank candidates, each that their scores are made of, once."""
+        if ranking is None:
+            ids, before = self._tokenizer.surrounded(masked.content)
+            return [_Row(ids, tuple(before + place for place in masked.masks), top=top_k)]
+        self._check_room(masked, number, ranking)
+        return [
+            self._candidate_row(masked.content, row, asked)
+            for row, asked in _asked(masked.masks, ranking, self._mask_id).items()
+        ]
 
-    def _word_rows(self, content: list[int], place: int, word: _Candidate, number: int) -> list[_Row]:
-        """One row for each token of a candidate in a mask's place, that token masked."""
-        if place + len(word.ids) > self._tokenizer.room:
+    def _candidate_row(
+        self,
+        content: Sequence[int],
+        row: tuple[int, tuple[int, ...]] | None,
+        asked: Mapping[int, Iterable[int]],
+    ) -> _Row:
+        if row is not None:
+            place, word = row
+            content = [*content[:place], *word, *content[place + 1 :]]
+        ids, before = self._tokenizer.surrounded(content)
+        return _Row(ids, tuple(before + place for place in asked), wanted=tuple(map(tuple, asked.values())))
+
+    def _check_room(self, masked: _Masked, number: int, ranking: _Ranking) -> None:
+        longest = max(ranking.words, key=lambda word: len(word.ids))
+        if masked.masks[-1] + len(longest.ids) > self._tokenizer.room:
             raise TextTooLongError(
-                f"candidate {word.word!r} does not fit into text {number}",
+                f"candidate {longest.word!r} does not fit into text {number}",
                 expected=f"the candidate within {self.spec.max_tokens} tokens",
-                found=f"{len(word.ids)} tokens from position {place} on",
+                found=f"{len(longest.ids)} tokens from position {masked.masks[-1]} on",
                 remedy="Cut the text around the mask.",
             )
-        whole = [*content[:place], *word.ids, *content[place + 1 :]]
-        return [self._one_masked(whole, place + n) for n in range(len(word.ids))]
 
     def _one_masked(self, content: Sequence[int], place: int) -> _Row:
         ids, before = self._tokenizer.surrounded(content)
@@ -376,13 +457,17 @@ class FillMask(TaskModel):
         window: _Window,
         results: Sequence[list[_Best]],
         top_k: int,
-        words: Sequence[_Candidate] | None,
+        ranking: _Ranking | None,
     ) -> Iterator[FilledText]:
         start = 0
         for text, masked, count in zip(window.texts, window.masked, window.rows, strict=True):
             own = results[start : start + count]
             start += count
-            scored = _whole(own[0]) if words is None else _ranked(own, len(masked.masks), words, top_k)
+            scored = (
+                _whole(own[0])
+                if ranking is None
+                else _ranked(own, masked.masks, ranking, top_k, self._mask_id)
+            )
             masks = tuple(
                 tuple(self._prediction(masked, mask, one) for one in scores)
                 for mask, scores in enumerate(scored)
@@ -421,21 +506,47 @@ def _whole(best: Sequence[_Best]) -> list[list[_Scored]]:
     ]
 
 
+def _questions(place: int, ids: tuple[int, ...], scoring: _Scoring, mask_id: int) -> list[_Question]:
+    """What a candidate's score at a mask is made of, a question for each of its tokens."""
+    if len(ids) == 1:
+        return [_Question(None, place, ids[0])]
+    found = []
+    for n, token in enumerate(ids):
+        end = len(ids) if scoring.masks_rest else n + 1
+        shown = (*ids[:n], *(mask_id for _ in range(n, end)), *ids[end:])
+        found.append(_Question((place, shown), place + n, token))
+    return found
+
+
+def _asked(
+    masks: Sequence[int], ranking: _Ranking, mask_id: int
+) -> dict[tuple[int, tuple[int, ...]] | None, dict[int, dict[int, None]]]:
+    """Row -> place -> the tokens in question there; candidates that begin alike share rows."""
+    asked: dict[tuple[int, tuple[int, ...]] | None, dict[int, dict[int, None]]] = {}
+    for mask in masks:
+        for word in ranking.words:
+            for question in _questions(mask, word.ids, ranking.scoring, mask_id):
+                asked.setdefault(question.row, {}).setdefault(question.place, {})[question.token] = None
+    return asked
+
+
 def _ranked(
-    own: Sequence[list[_Best]], masks: int, words: Sequence[_Candidate], top_k: int
+    own: Sequence[list[_Best]], masks: Sequence[int], ranking: _Ranking, top_k: int, mask_id: int
 ) -> list[list[_Scored]]:
-    """For each mask the candidates with their log-scores, best first; rows are in the order of ``_rows``."""
-    rows = iter(own)
-    shared = next(rows) if any(len(word.ids) == 1 for word in words) else []
-    ranked = []
-    for mask in range(masks):
-        short = iter(shared[mask].logs.tolist() if shared else [])
-        scored: list[_Scored] = []
-        for word in words:
-            log = next(short) if len(word.ids) == 1 else sum(float(next(rows)[0].logs[0]) for _ in word.ids)
-            scored.append(_Scored(word.ids, log, word.word))
-        ranked.append(sorted(scored, key=lambda one: -one.log)[:top_k])
-    return ranked
+    """For each mask the candidates with their log-scores, best first; results are in the order of ``_asked``."""
+    logs: dict[_Question, float] = {
+        _Question(row, place, token): log
+        for (row, places), answers in zip(_asked(masks, ranking, mask_id).items(), own, strict=True)
+        for place, best in zip(places, answers, strict=True)
+        for token, log in zip(best.ids, best.logs.tolist(), strict=True)
+    }
+
+    def score(place: int, word: _Candidate) -> float:
+        total = sum(logs[question] for question in _questions(place, word.ids, ranking.scoring, mask_id))
+        return total / len(word.ids) if ranking.scoring.mean else total
+
+    scored = ([_Scored(word.ids, score(mask, word), word.word) for word in ranking.words] for mask in masks)
+    return [sorted(words, key=lambda one: -one.log)[:top_k] for words in scored]
 
 
 def _check_top_k(top_k: int) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from typing import Literal
 
+from qingyu.runtime.scripts import Script
 from qingyu.runtime.spec import ModelSpec
 
 __all__ = ["fingerprint"]
@@ -26,6 +27,7 @@ def fingerprint(
     normalize: bool | None = None,
     special_tokens: Literal["parse", "text"] = "parse",
     unicode_form: Literal["NFKC"] | None = None,
+    script: Script | None = None,
 ) -> str:
     """The fingerprint of the vectors that ``Embedder.embed`` gives with these options, ``qy1-`` and 32 hex digits.
 
@@ -51,6 +53,8 @@ def fingerprint(
         "tokenizer": spec.files["tokenizer.json"].sha256,
         "unicode_form": unicode_form,
     }
+    if script is not None:  # younger than the format: without it the names stay what they were
+        facts["script"] = script
     # Escaped, so that a prompt that is no valid Unicode has a fingerprint, too: refusing it is the tokenizer's part.
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return f"qy{FORMAT}-{hashlib.sha256(text.encode('ascii')).hexdigest()[:DIGITS]}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-__all__ = ["Count", "pieces", "sentences"]
+__all__ = ["Count", "pieces", "sentences", "spans"]
 
 # Tokens of each text, special ones and the prompt left out; ``None`` for more than the model reads.
 Count = Callable[[Sequence[str]], list[int | None]]
@@ -32,18 +32,26 @@ def pieces(text: str, count: Count, *, most: int, overlap: int = 0) -> list[str]
     With ``overlap`` each piece begins with as many of the last sentences before it as have at most so many tokens
     together. Without, the pieces joined are the text.
     """
+    return [text[start:stop] for start, stop in spans(text, count, most=most, overlap=overlap)]
+
+
+def spans(text: str, count: Count, *, most: int, overlap: int = 0) -> list[tuple[int, int]]:
+    """Where the pieces lie that ``pieces`` gives: (start, stop) in characters."""
     parts = _small(sentences(text), count, most)
-    made: list[str] = []
+    made: list[tuple[int, int]] = []
     current: list[tuple[str, int]] = []
     fresh = False  # whether the current piece has anything that the one before it has not
+    start = stop = 0
     for sentence, tokens in parts:
         if fresh and sum(length for _, length in current) + tokens > most:
-            made.append("".join(part for part, _ in current))
+            made.append((start, stop))
             current, fresh = _tail(current, min(overlap, most - tokens)), False
+            start = stop - sum(len(part) for part, _ in current)
         current.append((sentence, tokens))
+        stop += len(sentence)
         fresh = True
     if fresh:
-        made.append("".join(part for part, _ in current))
+        made.append((start, stop))
     return made
 
 

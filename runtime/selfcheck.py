@@ -31,10 +31,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qingyu.errors import FallbackWarning, GraphError, KernelError
+from qingyu.errors import FallbackWarning, GraphError, KernelError, UnsafeFolderError
 from qingyu.runtime.cpu import cpu_flags, cpu_model
 from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.graph_engine import GraphEngine, Settings
+from qingyu.runtime.home import distrusted, own_folder, qingyu_home
 from qingyu.runtime.spec import Golden, ModelSpec, decode_vector
 from qingyu.runtime.tokenizer import Tokenizer
 
@@ -195,14 +196,6 @@ class CheckedEngine:
         return found
 
 
-def qingyu_home() -> Path:
-    """Where qingyu keeps models and notes: ``$QINGYU_HOME``, or ``~/.cache/qingyu``.
-
-    Not absolute, and so no place to write to, for a user without a home folder.
-    """
-    return Path(os.environ.get("QINGYU_HOME") or Path(os.path.expanduser("~"), ".cache", "qingyu"))  # noqa: PTH111 - Path.expanduser raises where there is no home
-
-
 def _compare(engine: GraphEngine, tokenizer: Tokenizer, golden: Golden) -> SelfCheck:
     """Each text run alone, so that what is compared does not depend on a recipe's treatment of batches."""
     start = time.perf_counter()
@@ -255,9 +248,9 @@ class _Memo:
 
     @classmethod
     def of(cls, engine: GraphEngine) -> _Memo | None:
-        """The memo of one graph file on this machine; ``None`` where there is no home to keep it in."""
+        """The memo of one graph file on this machine; ``None`` where there is no home of ours to keep it in."""
         folder = qingyu_home() / "selfcheck"
-        if not folder.is_absolute():
+        if not folder.is_absolute() or distrusted(qingyu_home(), "selfcheck"):
             return None
         facts = _facts(engine)
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "replace")).hexdigest()
@@ -284,7 +277,7 @@ class _Memo:
             "milliseconds": round(1e3 * found.seconds, 1),
         }
         text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
-        with contextlib.suppress(OSError), _beside(self.path) as temporary:
+        with contextlib.suppress(OSError, UnsafeFolderError), _beside(self.path) as temporary:
             temporary.write_bytes(text.encode("utf-8", "replace"))
             temporary.replace(self.path)
 
@@ -292,7 +285,7 @@ class _Memo:
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A name of this thread's own in the same folder, gone at the end."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own_folder(path.parent.parent, path.parent.name)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield temporary

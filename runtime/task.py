@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -28,8 +28,10 @@ from qingyu.runtime.batching import Batcher, ItemBatcher, Workers, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.engines import EngineName, check_engine, choose_engine
 from qingyu.runtime.graph_engine import PROFILES, Profile
+from qingyu.runtime.home import check_home, qingyu_home
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
-from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck, qingyu_home
+from qingyu.runtime.scripts import Script
+from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import unit
@@ -111,8 +113,9 @@ class Report:
 def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
     """The model folder at a path, of a bundle file, or of a plain name: in ``$QINGYU_HOME/models``, or the bundled one.
 
-    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with the places, and for a
-    bundle file what ``open_bundle`` raises.
+    ``QINGYU_HOME`` is ``~/.cache/qingyu`` unless set. Raises ``ModelNotFoundError`` with the places,
+    ``UnsafeFolderError`` for a name in a home that others can write to, and for a bundle file what ``open_bundle``
+    raises.
     """
     folder = Path(name_or_folder)
     if folder.is_file():
@@ -124,6 +127,7 @@ def find_model(name_or_folder: str | os.PathLike[str]) -> Path:
         return folder
     named = qingyu_home() / "models" / folder
     if re.fullmatch(r"[\w.@-]+", str(name_or_folder)) and named.is_dir():
+        check_home(qingyu_home(), "models", str(folder))
         return named
     bundled = Path(__file__).parent / "bundled" / BUNDLED
     if str(name_or_folder) == BUNDLED and bundled.is_dir():
@@ -146,6 +150,7 @@ class OpenOptions:
     special_tokens: Literal["parse", "text"] = "parse"
     unicode_form: Literal["NFKC"] | None = None
     self_check: bool = True
+    script: Script | None = None
     engine: EngineName = "auto"
 
     def check(self) -> None:
@@ -154,6 +159,7 @@ class OpenOptions:
             ("profile", self.profile, tuple(PROFILES)),
             ("special_tokens", self.special_tokens, ("parse", "text")),
             ("unicode_form", self.unicode_form, (None, "NFKC")),
+            ("script", self.script, (None, *get_args(Script))),
         )
         for option, value, allowed in choices:
             if value not in allowed:
@@ -207,6 +213,7 @@ class TaskModel:
             max_tokens=spec.max_tokens,
             special_tokens=options.special_tokens,
             unicode_form=options.unicode_form,
+            script=options.script,
         )
         runner = choose_engine(
             folder,
@@ -217,7 +224,7 @@ class TaskModel:
             max_memory_mb=options.max_memory_mb,
             runs_openvino=cls.RUNS_OPENVINO,
         )
-        engine = CheckedEngine(runner, tokenizer, enabled=options.self_check)
+        engine = CheckedEngine(runner, tokenizer.as_written(), enabled=options.self_check)
         model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, options.max_memory_mb))
         model._options = options
         # What to open again elsewhere: a bundle itself, for it may be unpacked for this process only.
@@ -239,6 +246,16 @@ class TaskModel:
         """What the model reads of a text: tokens, ids, and where in the text each stands."""
         return self._tokenizer.tokenize(text)
 
+    @property
+    def options(self) -> OpenOptions:
+        """How it was opened."""
+        return self._options
+
+    @property
+    def origin(self) -> Path:
+        """What to open it from again, here or in another process: its folder, or the bundle that it is from."""
+        return self._origin
+
     def load(self) -> None:
         """Load the graph, and check the machine, now instead of at the first text."""
         self._engine.open()
@@ -252,7 +269,8 @@ class TaskModel:
 
     def probe(self, text: str) -> Floats:
         """The unit vector, float32 (dim,), that golden texts are compared by: the text run alone."""
-        batch = TokenBatch.pad([self._tokenizer.encode([text])[0].ids], self._tokenizer.pad_id)
+        ids = self._tokenizer.as_written().encode([text])[0].ids
+        batch = TokenBatch.pad([ids], self._tokenizer.pad_id)
         vector: Floats = unit(self._engine.probe(batch))[0]
         return vector
 
@@ -315,6 +333,7 @@ class TextModel(TaskModel):
         max_memory_mb: int | None = None,
         special_tokens: Literal["parse", "text"] = "parse",
         unicode_form: Literal["NFKC"] | None = None,
+        script: Script | None = None,
         self_check: bool = True,
         engine: EngineName = "auto",
     ) -> T:
@@ -324,7 +343,9 @@ class TextModel(TaskModel):
         """
         return cls._opened(
             name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, engine),
+            OpenOptions(
+                profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, script, engine
+            ),
         )
 
     def _token_windows(
@@ -348,11 +369,11 @@ def _reopen(kind: type[TaskModel], folder: Path, options: OpenOptions) -> TaskMo
     return kind._opened(folder, options)
 
 
-def open_model(folder: Path) -> TaskModel:
+def open_model(folder: Path, options: OpenOptions | None = None) -> TaskModel:
     """The model of a folder, whatever its task; raises what the ``open`` of its class raises."""
     module, name = OPENED_BY[read_spec(folder).task]
     kind: type[TaskModel] = getattr(import_module(module), name)
-    return kind._opened(folder, OpenOptions())
+    return kind._opened(folder, OpenOptions() if options is None else options)
 
 
 def listed(texts: str | Iterable[str]) -> list[str]:

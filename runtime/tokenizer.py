@@ -2,7 +2,7 @@
 
 All normalization that belongs to the model (lower-casing, cleaning, splitting at Han characters) is in the
 model folder's tokenizer.json. Added here: prompts, truncation, the window cut for long texts
-(``qingyu.runtime.windows``), NFKC on request, counts of unknown tokens, and typed errors.
+(``qingyu.runtime.windows``), NFKC and another script on request, counts of unknown tokens, and typed errors.
 Not here: padding (``TokenBatch``), and the words of warnings (the tasks).
 
 Calls of the ``tokenizers`` library are one text at a time: ``encode_batch`` starts threads of its own, which
@@ -24,8 +24,9 @@ the interpreter lock, for half a millisecond per text at most, as the window cut
 
 from __future__ import annotations
 
+import copy
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +36,9 @@ from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.errors import InvalidOptionError, InvalidTextError, TokenizerError
-from qingyu.runtime.windows import Head, Part, Rules, View, encode_head, rules_for
+from qingyu.errors import InvalidOptionError, InvalidTextError, MissingExtraError, TokenizerError
+from qingyu.runtime.scripts import REACH, Script, converter
+from qingyu.runtime.windows import LIMIT, Head, Part, Rules, View, encode_head, rules_for
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -132,6 +134,7 @@ class Tokenizer:
         self.unknown_id = _unknown_id(backend)
         self.pad_id = next((i for i in map(backend.token_to_id, _PADDING) if i is not None), 0)
         self.mask_token = next((token for token in _MASKS if backend.token_to_id(token) is not None), None)
+        self._convert: Callable[[str], str] | None = None
         # Chinese has about 1 character a token in BERT, 1.5 in XLM-R. A window too small costs a second
         # one; a window too large is tokenized in vain.
         self._window = window or self._room + self._room // 2 + 64
@@ -144,20 +147,23 @@ class Tokenizer:
         max_tokens: int,
         special_tokens: SpecialTokens = "parse",
         unicode_form: UnicodeForm | None = None,
+        script: Script | None = None,
     ) -> Tokenizer:
         """The tokenizer of a model folder's tokenizer.json.
 
         ``special_tokens``: a typed ``[MASK]`` is the special token (``"parse"``, as in the reference) or the
         characters that it is written with (``"text"``). ``unicode_form="NFKC"`` makes full-width letters,
-        compatibility ideographs and the like their ordinary forms first; the reference does not.
+        compatibility ideographs and the like their ordinary forms first; the reference does not. Nor does it
+        convert texts to another ``script`` before, which leaves prompts as they are.
 
-        Raises ``TokenizerError`` for a file that cannot be read or used, whatever is in it, and
-        ``InvalidOptionError``.
+        Raises ``TokenizerError`` for a file that cannot be read or used, whatever is in it,
+        ``InvalidOptionError``, and ``MissingExtraError`` for ``script`` without its extra.
         """
         if special_tokens not in get_args(SpecialTokens):
             _refuse_option("special_tokens", '"parse" or "text"', special_tokens)
         if unicode_form not in (None, *get_args(UnicodeForm)):
             _refuse_option("unicode_form", '"NFKC" or None', unicode_form)
+        convert = None if script is None else converter(script, fold=unicode_form is not None)
         content = _read(path)
         with _converted(f"{path} is not a usable tokenizer"):
             backend, pad_id = _open(content)
@@ -169,7 +175,14 @@ class Tokenizer:
             tokenizer = cls(backend, max_tokens=max_tokens)
         if pad_id is not None:
             tokenizer.pad_id = pad_id
+        tokenizer._convert = convert
         return tokenizer
+
+    def as_written(self) -> Tokenizer:
+        """The same tokenizer for texts that are to be read in the script that they are written in."""
+        other = copy.copy(self)
+        other._convert = None
+        return other
 
     @cached_property
     def vocab_size(self) -> int:
@@ -184,13 +197,13 @@ class Tokenizer:
         """
         _check_texts(texts, prompt, first)
         with _converted("the tokenizer failed on a text"):
-            return [self._encode(prompt + text) for text in texts]
+            return [self._encode(text, prompt) for text in texts]
 
     def tokenize(self, text: str, *, prompt: str = "") -> TokenizedText:
         """The tokens that ``encode`` gives, with where each came from; raises the same errors."""
         _check_texts([text], prompt)
         with _converted("the tokenizer failed on a text"):
-            head = self._head(prompt + text)
+            head = self._head(text, prompt)
             content = [token for part in head.parts for token in _described(part, len(prompt))]
         kept = content[: self._room]
         before = [(self._name(number), number, (0, 0)) for number in self._prefix]
@@ -208,7 +221,8 @@ class Tokenizer:
         """All tokens of a text of any length, without special tokens; time and memory grow with the text."""
         _check_text(text, name)
         with _converted(f"the tokenizer failed on {name}"):
-            rows = list(_described(Part(self._bare(text), View(text, 0, len(text))), 0))
+            read = self.in_script(text)
+            rows = list(_described(Part(self._bare(read), View(read, 0, len(read))), 0))
         return TokenizedText(
             tokens=tuple(row[0] for row in rows),
             ids=tuple(row[1] for row in rows),
@@ -216,6 +230,10 @@ class Tokenizer:
             special=(False,) * len(rows),
             truncated=False,
         )
+
+    def in_script(self, text: str) -> str:
+        """The text in the script that is read: as it is, unless another was asked for."""
+        return text if self._convert is None else self._convert(text)
 
     @property
     def room(self) -> int:
@@ -270,15 +288,32 @@ class Tokenizer:
             found.append(EncodedPair(ids, types, unknown, truncated=kept != (len(a), len(b))))
         return found
 
-    def _encode(self, text: str) -> EncodedText:
-        head = self._head(text)
+    def _encode(self, text: str, prompt: str) -> EncodedText:
+        head = self._head(text, prompt)
         content = [number for part in head.parts for number in part.encoding.ids]
         ids = [*self._prefix, *content[: self._room], *self._suffix]
         unknown = 0 if self.unknown_id is None else ids.count(self.unknown_id)
         truncated = head.limited or len(content) > self._room
         return EncodedText(np.array(ids, dtype=np.int64), unknown, truncated)
 
-    def _head(self, text: str) -> Head:
+    def _head(self, text: str, prompt: str = "") -> Head:
+        """The start of a text in the script that is to be read, with ``prompt`` as it is before it.
+
+        OpenCC goes from left to right by the longest phrase, so the start of a text is converted alike with and without
+        what stands more than ``REACH`` characters behind it.
+        """
+        if self._convert is None:
+            return self._head_as_written(prompt + text)
+        size = LIMIT if self._rules is not None else len(text)
+        while size < len(text):
+            start = prompt + self._convert(text[: size + REACH])[:size]
+            head = self._head_as_written(start)
+            if not head.parts or head.parts[-1].view.stop < len(start):
+                return head
+            size *= 4  # more of it is needed
+        return self._head_as_written(prompt + self._convert(text))
+
+    def _head_as_written(self, text: str) -> Head:
         if len(text) <= self._window or self._rules is None:
             return Head([Part(self._bare(text), View(text, 0, len(text)))], limited=False)
         # One token more than fits tells whether the text was truncated.
@@ -378,7 +413,7 @@ def _converted(problem: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InvalidOptionError, TokenizerError, MemoryError):
+    except (InvalidOptionError, MissingExtraError, TokenizerError, MemoryError):
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

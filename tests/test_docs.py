@@ -14,6 +14,12 @@ import pytest
 from qingyu.__main__ import COMMANDS
 
 TRAINING = ("torch", "transformers", "sentence_transformers", "peft", "datasets", "accelerate")
+# What a command looks like that needs packages beyond the usual test environment, and which.
+NEEDED = {
+    "^qingyu adapt (contrast|classify|tag|distil)": TRAINING,
+    "--script": ("opencc",),
+    "--ray ": ("ray",),
+}
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -56,7 +62,9 @@ def desk(tiny_checkpoint, tiny_model, head_checkpoint, tmp_path):
     lines = [sentence + str(n) for sentence in SENTENCES for n in range(20)]
     labelled = [f"{line}\t{n % 2}" for n, line in enumerate(lines)]
     entities = [{"text": line, "entities": [{"start": 0, "end": 2, "label": "词"}]} for line in lines]
+    faq = [{"id": f"doc-{n}", "text": line, "type": "faq", "year": 2024} for n, line in enumerate(lines)]
     files = {
+        "documents.jsonl": [json.dumps(row, ensure_ascii=False) for row in faq],
         "texts.txt": lines,
         "pairs.tsv": ["anchor\tpositive", *(f"{line}\t{line[::-1]}" for line in lines)],
         "reviews.tsv": ["text\tlabel", *labelled],
@@ -64,6 +72,9 @@ def desk(tiny_checkpoint, tiny_model, head_checkpoint, tmp_path):
     }
     for name, content in files.items():
         (tmp_path / name).write_text("\n".join(content) + "\n", encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    rows = [json.dumps({"id": n, "text": line}, ensure_ascii=False) for n, line in enumerate(lines)]
+    (tmp_path / "docs" / "all.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return tmp_path
 
 
@@ -78,15 +89,21 @@ def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model, t
     if shell is None:
         pytest.skip("needs bash")
     lines = commands(page)
-    if any(re.match("qingyu adapt (contrast|classify|tag|distil)", line) for line in lines):
-        for package in TRAINING:
-            pytest.importorskip(package)
+    for pattern, packages in NEEDED.items():
+        if any(re.search(pattern, line) for line in lines):
+            for package in packages:
+                pytest.importorskip(package)
     for command, name, model in (("export", "bge", tiny_model), ("quantize", "bge-int8", tiny_int8)):
         if not any(f"qingyu {command} " in line for line in lines):
             shutil.copytree(model, desk / "out" / name)
     if lines:
-        python = f'python() {{ "{sys.executable}" "$@"; }}\nqingyu() {{ python -m qingyu "$@"; }}\nset -euo pipefail\n'
-        run([shell, "-c", python + "\n".join(lines)], desk)
+        # Programs and not functions of the shell: a signal to one in the background reaches it itself.
+        for program, call in (("python", ""), ("qingyu", " -m qingyu")):
+            path = desk / "bin" / program
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f'#!/bin/sh\nexec "{sys.executable}"{call} "$@"\n', encoding="utf-8")
+            path.chmod(0o755)
+        run([shell, "-c", 'set -euo pipefail\nPATH="$PWD/bin:$PATH"\n' + "\n".join(lines)], desk)
     for block in blocks(page, "python"):
         run([sys.executable, "-W", "error::SyntaxWarning", "-c", block], desk)
 

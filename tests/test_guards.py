@@ -93,6 +93,8 @@ def inside(name: str, allowed: tuple[str, ...]) -> bool:
 
 # Folder -> what of ours it may import besides itself. "qingyu" alone is the package, for its __version__.
 ALLOWED = {
+    "qingyu.runtime.bulk": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
+    "qingyu.runtime.serve": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime": ("qingyu.errors",),
     "qingyu.models.adapt": (
@@ -101,7 +103,8 @@ ALLOWED = {
         "qingyu.models.export",
         "qingyu.models.extras",
     ),
-    "qingyu.models": ("qingyu.errors", "qingyu.runtime.spec"),
+    # The cache is written by models and read by runtime: both must call the same home safe.
+    "qingyu.models": ("qingyu.errors", "qingyu.runtime.spec", "qingyu.runtime.home"),
     "qingyu.quantize": ("qingyu.errors", "qingyu.runtime", "qingyu.models"),
     "qingyu.bench": ("qingyu.errors", "qingyu.runtime", "qingyu.models", "qingyu.quantize"),
     "qingyu.errors": (),
@@ -146,6 +149,9 @@ def test_the_command_line_loads_the_other_layers_inside_functions_only():
 
 # Third-party packages, by layer, at load time and in functions.
 RUNTIME_PACKAGES = {"numpy", "onnxruntime", "tokenizers", "psutil"}
+# The door of an extra: one module, which imports it in a function only, for an option that is off unless asked for.
+# It stands in the runtime because the conversion has to happen between the caller's text and the tokenizer's spans.
+RUNTIME_EXTRAS = {"qingyu.runtime.scripts": {"opencc"}}
 
 
 def third_party(found: set[str]) -> set[str]:
@@ -154,7 +160,11 @@ def third_party(found: set[str]) -> set[str]:
 
 
 # Subpackages of the runtime with an extra of their own: what they alone may import, in functions only.
-EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}, "qingyu.runtime.openvino": {"openvino"}}
+EXTRAS = {
+    "qingyu.runtime.search": {"usearch", "jieba"},
+    "qingyu.runtime.bulk": {"ray", "pyarrow"},
+    "qingyu.runtime.openvino": {"openvino"},
+}
 
 
 @pytest.mark.parametrize("subpackage", sorted(EXTRAS))
@@ -170,9 +180,26 @@ def test_a_subpackage_with_an_extra_imports_it_in_functions_only(module):
     assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"}
 
 
+# The server is loaded by its command alone, after the door of its extra; so it may load its packages at once.
+SERVE = "qingyu.runtime.serve"
+SERVE_PACKAGES = {"uvicorn", "uvloop", "httptools", "orjson", "prometheus_client"}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if inside(name, (SERVE,))))
+def test_the_server_uses_the_packages_of_its_extra_and_those_of_the_runtime_only(module):
+    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | SERVE_PACKAGES
+
+
+def test_nothing_loads_the_server_but_its_command_inside_a_function():
+    users = {name for name in MODULES if layer_of(name) != SERVE}
+    users = {name for name in users if any(inside(i, (SERVE,)) for i in imports_of(name))}
+    assert {name for name in users if layer_of(name) != "qingyu.bench"} == {"qingyu.cli.serve"}
+    assert not [i for i in imports_when_loaded(MODULES["qingyu.cli.serve"]) if inside(i, (SERVE,))]
+
+
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if layer_of(name) == "qingyu.runtime"))
 def test_the_runtime_uses_its_four_packages_only(module):
-    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES
+    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | RUNTIME_EXTRAS.get(module, set())
     # The two large ones are loaded when a model is opened.
     assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"}
 
@@ -189,7 +216,7 @@ def test_a_module_imports_cleanly_and_all_of_its_public_names_exist(module):
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] in ("onnx", "safetensors", "torch", "optimum"):
+        if str(error.name).partition(".")[0] in ("onnx", "safetensors", "torch", "optimum", *SERVE_PACKAGES):
             pytest.skip(f"needs {error.name}")
         raise
     public = getattr(loaded, "__all__", [])

@@ -14,6 +14,7 @@ from qingyu.models.adapt.student import prune_vocabulary
 from qingyu.models.adapt.texts import training_texts
 from qingyu.models.adapt.training import Schedule, Trained
 from qingyu.models.adapt.unpack import unpack
+from qingyu.models.adapt.vocabulary import vocabulary_words
 
 __all__ = [
     "Entity",
@@ -31,6 +32,7 @@ __all__ = [
     "tag",
     "training_texts",
     "unpack",
+    "vocabulary_words",
 ]
 
 

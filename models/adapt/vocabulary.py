@@ -8,8 +8,9 @@ the shorter spelling needs unless little was cut; byte-pair vocabularies, whose 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from qingyu.errors import InvalidOptionError, TokenizerError, UnsupportedModelError
 from qingyu.models.export.checkpoint import read_checkpoint
 
-__all__ = ["Vocabulary", "chosen_tokens", "read_vocabulary"]
+__all__ = ["Vocabulary", "chosen_tokens", "read_vocabulary", "vocabulary_words"]
 
 HAN = ("\u3400", "\u9fff")
 PRIOR_WEIGHT = 1.0  # of what the vocabulary itself says about a piece, against what the corpus says
@@ -77,6 +78,22 @@ def read_vocabulary(checkpoint: Path) -> Vocabulary:
         pieces.index(document["model"]["unk_token"]) if kind == "WordPiece" else document["model"]["unk_id"]
     )
     return Vocabulary(document, pieces, frozenset(special))
+
+
+def vocabulary_words(checkpoint: Path) -> Callable[[str], list[str]]:
+    """A function that gives the stretches of a text that are a token each; together they are the text.
+
+    Raises ``TokenizerError``.
+    """
+    tokenizer = _loaded(tokenizer_text(checkpoint))
+    tokenizer.no_truncation()
+
+    def words(text: str) -> list[str]:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        starts = sorted({0, *(start for start, _ in encoding.offsets), len(text)})
+        return [text[start:end] for start, end in pairwise(starts)]
+
+    return words
 
 
 def tokenizer_text(checkpoint: Path) -> str:

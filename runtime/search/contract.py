@@ -49,11 +49,15 @@ Filter = Mapping[str, Scalar | Sequence[Scalar]]
 
 @dataclass(frozen=True)
 class Document:
-    """A text under an id of its own, and fields of any JSON values to filter by and to give back."""
+    """A text under an id of its own, and fields of any JSON values to filter by and to give back.
+
+    ``line`` is where it stood in its file, for messages.
+    """
 
     id: str
     text: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    line: int | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -61,6 +65,17 @@ class Document:
         if not isinstance(self.text, str) or not self.text.strip():
             found = "nothing but blanks" if isinstance(self.text, str) else type(self.text).__name__
             _refuse(f"document {self.id!r} has no text", "a text", found, "Leave it out.")
+        try:
+            json.dumps([self.id, self.text, dict(self.fields)], ensure_ascii=False, allow_nan=False).encode(
+                "utf-8"
+            )
+        except (TypeError, ValueError, RecursionError) as error:
+            _refuse(
+                f"document {self.id!r} cannot be stored",
+                "Unicode text and JSON values",
+                str(error),
+                "Repair it.",
+            )
 
     @property
     def digest(self) -> str:

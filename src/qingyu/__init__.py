@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qingyu import errors
 
 if TYPE_CHECKING:
+    from qingyu.runtime.async_embedder import AsyncEmbedder
     from qingyu.runtime.classifier import Classifier
     from qingyu.runtime.embedder import Embedder
     from qingyu.runtime.fill_mask import FillMask
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qingyu.runtime.token_classifier import TokenClassifier
 
 __all__ = [
+    "AsyncEmbedder",
     "Classifier",
     "Embedder",
     "FillMask",
@@ -41,6 +43,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AsyncEmbedder": "qingyu.runtime.async_embedder",
     "Classifier": "qingyu.runtime.classifier",
     "Embedder": "qingyu.runtime.embedder",
     "FillMask": "qingyu.runtime.fill_mask",

@@ -17,7 +17,11 @@
     │   ├── MemoryBudgetError      a memory budget too small for the model
     │   ├── OutputError            a result cannot be written
     │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
+    │   ├── ClusterError           a Ray cluster cannot be reached, is too small, or has failed
+    │   ├── UnsafeFolderError      somebody else can write where models are kept
     │   ├── KernelError            this machine computes wrong vectors with this model
+    │   ├── OverloadedError        more work waits than can be done in time
+    │   ├── ListenError            an address that a server cannot listen at
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
     │   ├── ManifestError          qingyu.json is not a valid manifest
@@ -38,6 +42,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ClosedError",
+    "ClusterError",
     "CorruptFileError",
     "DataFileError",
     "DocumentError",
@@ -48,6 +53,7 @@ __all__ = [
     "InvalidOptionError",
     "InvalidTextError",
     "KernelError",
+    "ListenError",
     "ManifestError",
     "MemoryBudgetError",
     "MismatchError",
@@ -57,12 +63,14 @@ __all__ = [
     "OfflineError",
     "OperatorError",
     "OutputError",
+    "OverloadedError",
     "QingyuError",
     "SourceError",
     "StoreError",
     "TextTooLongError",
     "TokenizerError",
     "UnknownTokenWarning",
+    "UnsafeFolderError",
     "UnsupportedModelError",
     "VectorSpaceError",
 ]
@@ -159,8 +167,24 @@ class StoreError(OperatorError):
     """A store of vectors is not where it was named, is in use by another writer, or cannot be reached."""
 
 
+class ClusterError(OperatorError):
+    """A Ray cluster cannot be reached, is too small for the job, or has failed."""
+
+
+class UnsafeFolderError(OperatorError):
+    """Somebody else can write to the folder where models are kept, so nothing there is read or written."""
+
+
 class KernelError(OperatorError):
     """A model's golden vectors do not come out on this machine, so none of its vectors can be trusted."""
+
+
+class OverloadedError(OperatorError):
+    """More work waits than can be done in the time allowed; later, the same call may succeed."""
+
+
+class ListenError(OperatorError):
+    """A server cannot listen at the address that was named."""
 
 
 class ClosedError(OperatorError):

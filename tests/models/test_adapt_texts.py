@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from qingyu import Embedder
 from qingyu.errors import InputError, InvalidOptionError, InvalidTextError, OutputError
-from qingyu.models.adapt import teacher, training_texts
+from qingyu.models.adapt import teacher, training_texts, vocabulary_words
 from qingyu.models.adapt.teacher import teacher_vectors, texts_digest
 
 PARAGRAPHS = [
@@ -45,6 +46,35 @@ def test_the_same_seed_gives_the_same_texts_and_a_limit_their_first():
     assert training_texts(PARAGRAPHS, limit=70) == training_texts(PARAGRAPHS)[:70]
 
 
+def test_variants_are_short_texts_with_words_of_others():
+    short = [f"{who}在{where}{what}" for who in "你我他她" for where in "家路店校" for what in "吃喝跑唱走"]
+    made = training_texts([*short, *PARAGRAPHS], sentences=0, passages=0, variants=1.0)
+    others = [text for text in made if text not in short and text not in PARAGRAPHS]
+    assert 40 < len(others) <= 180  # those that are one of the given texts again are not counted twice
+    assert set("".join(others)) <= set("".join([*short, *PARAGRAPHS]))
+    assert max(len(text) for text in others) < 130
+    lengths = {len(text) for text in others}
+    assert {2, 3} <= lengths  # words left out
+    assert any(len(text) == 4 for text in others)  # words replaced
+
+
+def test_variants_change_whole_words():
+    """Each word of a variant is one that the function gave, so that no word is cut in two."""
+    texts = [f"<{n}><{n + 1}><{n + 2}>" for n in range(0, 300, 3)]
+    made = training_texts(
+        texts, sentences=0, passages=0, variants=2.0, words=lambda text: re.findall("<[0-9]+>", text)
+    )
+    assert len(made) > 200
+    assert all(re.fullmatch("(<[0-9]+>)+", text) for text in made)
+
+
+def test_words_of_a_vocabulary_make_up_the_text(tiny_checkpoint):
+    words = vocabulary_words(tiny_checkpoint)
+    for text in ["今天天气真好", "ai2 在  中国。", "𫠠未知字", ""]:
+        assert "".join(words(text)) == text
+    assert words("今天天气") == list("今天天气")
+
+
 @pytest.mark.parametrize(
     ("texts", "options", "error"),
     [
@@ -53,6 +83,7 @@ def test_the_same_seed_gives_the_same_texts_and_a_limit_their_first():
         ([PARAGRAPHS[0]] * 500, {"sentences": 0, "passages": 0}, InputError),
         ([*PARAGRAPHS, 3], {}, InvalidTextError),
         (PARAGRAPHS, {"sentences": -1}, InvalidOptionError),
+        (PARAGRAPHS, {"variants": 11}, InvalidOptionError),
         (PARAGRAPHS, {"limit": 3}, InvalidOptionError),
     ],
 )

@@ -104,22 +104,61 @@ def test_candidates_of_one_token_are_ranked_by_their_probability(model):
     assert len(model.fill("今天[MASK]气", candidates=["天", "国", "好"], top_k=2)[0].masks[0]) == 2
 
 
-def test_longer_candidates_are_scored_token_by_token_each_masked_in_turn(model, reference):
-    """Against torch, row by row: the other mask of the text stays masked."""
+def oracle(reference, text: list[str], scoring: str) -> float:
+    """The score of a word in ``text`` (what is before it, itself, what is after it), by torch, row by row."""
     tokenizer = reference[1]
-    ranked = model.fill("[MASK]的城市是[MASK]", candidates=["中国", "上海市", "我"], top_k=9)[0].masks
+    whole = tokenizer("".join(text))["input_ids"]
+    start = len(tokenizer(text[0])["input_ids"]) - 1
+    stop = len(whole) - len(tokenizer(text[2])["input_ids"]) + 1
+    found = []
+    for place in range(start, stop):
+        hidden = range(place, stop) if scoring == "left_to_right" else [place]
+        masked = [tokenizer.mask_token_id if n in hidden else token for n, token in enumerate(whole)]
+        found.append(logs(reference, masked)[place, whole[place]])
+    return float(np.exp(np.mean(found) if scoring == "mean_pll" else np.sum(found)))
+
+
+@pytest.mark.parametrize("scoring", ["left_to_right", "mean_pll", "pll"])
+def test_candidates_of_any_length_have_the_scores_of_the_reference(model, reference, scoring):
+    """The other mask of the text stays masked. Some words begin alike, and some differ in one token only."""
+    words = ["中国", "中国人", "上海市", "上海", "我", "a1b", "国国"]
+    ranked = model.fill("[MASK]的城市是[MASK]。", candidates=words, top_k=9, scoring=scoring)[0].masks
     for mask, predictions in enumerate(ranked):
-        for one in predictions:
-            parts = ["[MASK]", "[MASK]"]
-            parts[mask] = one.token
-            whole = tokenizer(f"{parts[0]}的城市是{parts[1]}")["input_ids"]
-            start = 1 if mask == 0 else len(whole) - 1 - len(one.token)
-            total = 0.0
-            for place in range(start, start + len(one.token)):
-                masked = [*whole[:place], tokenizer.mask_token_id, *whole[place + 1 :]]
-                total += logs(reference, masked)[place, whole[place]]
-            assert np.log(one.score) == pytest.approx(total, abs=1e-4)
-    assert [len(predictions) for predictions in ranked] == [3, 3]
+        assert {one.token for one in predictions} == set(words)
+        around = ("", "的城市是[MASK]。") if mask == 0 else ("[MASK]的城市是", "。")
+        wanted = [oracle(reference, [around[0], one.token, around[1]], scoring) for one in predictions]
+        assert [one.score for one in predictions] == pytest.approx(wanted, rel=1e-4)
+        assert wanted == sorted(wanted, reverse=True)
+
+
+def test_scores_from_left_to_right_are_shares_of_one_probability(model):
+    """All words of two tokens that begin with one share what that beginning has: by that they add up to 1."""
+    first = {one.token: one.score for one in model.fill("今天[MASK][MASK]气", top_k=10_000)[0].masks[0]}
+    second = {one.token: one.score for one in model.fill("今天中[MASK]气", top_k=10_000)[0].masks[0]}
+    han = [token for token in second if len(token) == 1 and "一" <= token <= "鿿"]
+    assert len(han) > 100
+    ranked = model.fill("今天[MASK]气", candidates=["中" + c for c in han], top_k=10_000)[0].masks[0]
+    scores = {one.token: one.score for one in ranked}
+    assert scores == {"中" + c: pytest.approx(first["中"] * second[c], rel=1e-5) for c in han}
+    everything = first["中"] * sum(second.values())
+    assert sum(scores.values()) < everything == pytest.approx(first["中"])
+
+
+def test_candidates_share_the_rows_that_their_scores_have_in_common(model):
+    words = ["中国", "中京", "上海", "国京", "我", "你"]
+
+    def rows(scoring):
+        return len(model.prepare(["[MASK]的"], candidates=words, scoring=scoring).rows)
+
+    assert rows("left_to_right") == 1 + 1 + 3  # the short ones; both masked; behind 中, behind 上, behind 国
+    assert rows("pll") == 1 + 6  # of eight: 中 stands before two of the words, 京 behind two
+
+
+def test_a_scoring_that_does_not_exist_is_refused(model):
+    with pytest.raises(
+        InvalidOptionError, match="scoring: expected 'left_to_right', 'mean_pll', 'pll', found 'sum'"
+    ):
+        model.fill("今天[MASK]", candidates=["气"], scoring="sum")
 
 
 def test_the_pseudo_log_likelihood_is_that_of_each_token_masked_in_turn(model, reference):
@@ -133,6 +172,8 @@ def test_the_pseudo_log_likelihood_is_that_of_each_token_masked_in_turn(model, r
             total += logs(reference, masked)[place, whole[place]]
         wanted.append(total)
     assert model.pseudo_log_likelihood(texts) == pytest.approx(wanted, abs=1e-4)
+    a_token = [wanted[0] / 6, wanted[1], 0.0]
+    assert model.pseudo_log_likelihood(texts, per_token=True) == pytest.approx(a_token, abs=1e-4)
     assert model.pseudo_log_likelihood([]).shape == (0,)
 
 

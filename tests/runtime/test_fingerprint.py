@@ -52,11 +52,13 @@ def test_what_changes_vectors_changes_it():
     found |= {
         fingerprint(SPEC, special_tokens="text"),
         fingerprint(SPEC, unicode_form="NFKC"),
+        fingerprint(SPEC, script="simplified"),
+        fingerprint(SPEC, script="traditional"),
         fingerprint(SPEC),
     }
     # The same by options as by the manifest.
     assert fingerprint(SPEC, dim=4) == fingerprint(dataclasses.replace(SPEC, dim=4))
-    assert len(found) == len(changed) + 3
+    assert len(found) == len(changed) + 5
 
 
 def test_what_changes_no_vector_does_not_change_it():

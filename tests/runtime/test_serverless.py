@@ -394,7 +394,9 @@ print(lambda_handler(event)["statusCode"])
 def test_a_snapshot_of_a_prepared_sandbox_holds_no_threads_and_no_random_state(tiny_int8):
     """What AWS SnapStart copies: one thread, nothing drawn at random, telemetry off, and no home folder needed."""
     environment = {"QINGYU_MODEL": str(tiny_int8), "HOME": "/nonexistent", "PATH": os.environ["PATH"]}
-    environment["OPENBLAS_NUM_THREADS"] = "1"  # as the entry file of a bundle sets it, against numpy's own threads
+    environment["OPENBLAS_NUM_THREADS"] = (
+        "1"  # as the entry file of a bundle sets it, against numpy's own threads
+    )
     event = json.dumps(lambda_url("POST", "/embed", '{"inputs": "a"}'))
     done = subprocess.run(
         [sys.executable, "-c", SANDBOX, event],

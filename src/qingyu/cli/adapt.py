@@ -83,6 +83,13 @@ def _add_distil(kinds: Any) -> None:  # noqa: ANN401
     parser.add_argument(
         "--passages", type=float, default=0.1, metavar="P", help="add P joined texts a text (%(default)s)"
     )
+    parser.add_argument(
+        "--variants",
+        type=float,
+        default=0.0,
+        metavar="V",
+        help="add V changed short texts a text (%(default)s)",
+    )
     parser.add_argument("--max-texts", type=int, metavar="N", help="learn on N of them (default: all)")
     parser.add_argument(
         "--pairs", metavar="FILE", help="also learn scores: columns sentence1, sentence2, label (any scale)"
@@ -201,13 +208,15 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
 
 
 def _distil(options: argparse.Namespace) -> int:
-    from qingyu.models.adapt import distil, training_texts
+    from qingyu.models.adapt import distil, training_texts, vocabulary_words
 
     given = [text for source in options.texts for text in _texts(source)]
     texts = training_texts(
         given,
         sentences=options.sentences,
         passages=options.passages,
+        variants=options.variants,
+        words=vocabulary_words(options.checkpoint) if options.variants else list,
         limit=options.max_texts,
         seed=options.seed or 0,
     )

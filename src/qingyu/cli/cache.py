@@ -45,7 +45,7 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
 def run(options: argparse.Namespace) -> int:
     """Run one of the commands."""
     from qingyu.models.cache import Cache
-    from qingyu.runtime.selfcheck import qingyu_home
+    from qingyu.runtime.home import qingyu_home
 
     code: int = options.work(options, Cache(qingyu_home()))
     return code

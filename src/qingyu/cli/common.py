@@ -74,6 +74,11 @@ def add_opening_arguments(parser: argparse.ArgumentParser, *, default: str | Non
         "--max-memory-mb", type=int, metavar="MB", help="resident memory that the process may reach"
     )
     parser.add_argument("--nfkc", action="store_true", help="fold full-width and compatibility forms first")
+    parser.add_argument(
+        "--script",
+        choices=("simplified", "traditional"),
+        help="read Chinese in this script, whatever it is written in (extra opencc)",
+    )
 
 
 def open_embedder(options: argparse.Namespace) -> Embedder:
@@ -91,6 +96,7 @@ def opening(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "max_memory_mb": options.max_memory_mb,
         "unicode_form": "NFKC" if options.nfkc else None,
+        "script": options.script,
     }
 
 

@@ -33,6 +33,13 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     parser.add_argument(
         "--candidates", metavar="A,B,...", help="rank these words, of any length, instead of the vocabulary"
     )
+    parser.add_argument(
+        "--scoring",
+        choices=("left_to_right", "mean_pll", "pll"),
+        default="left_to_right",
+        help="of candidates of several tokens: the product of their tokens' probabilities from left to right, or the "
+        "mean or product of those of each token masked alone (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="JSON lines also on a terminal")
     parser.set_defaults(run=run)
 
@@ -47,7 +54,14 @@ def run(options: argparse.Namespace) -> int:
     report = Report()
     write = _as_json if options.json or not sys.stdout.isatty() else _as_lines
     with FillMask.open(options.model, **opening(options)) as model:
-        for filled in model.fill_stream(texts, top_k=options.top_k, candidates=candidates, report=report):
+        filled_texts = model.fill_stream(
+            texts,
+            top_k=options.top_k,
+            candidates=candidates,
+            scoring=options.scoring,
+            report=report,
+        )
+        for filled in filled_texts:
             write(filled)
         print_report(report, model.spec.max_tokens, refusable=False)
     return 0

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         raise InvalidOptionError("MODEL", expected="a model", found="none", remedy="See qingyu pull --list.")
     from qingyu.models.cache import Cache
     from qingyu.models.extras import require
-    from qingyu.runtime.selfcheck import qingyu_home
+    from qingyu.runtime.home import qingyu_home
 
     require("pull", "huggingface_hub", "filelock", "onnx", "safetensors")
     wanted = _wanted(options)

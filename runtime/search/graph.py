@@ -1,0 +1,214 @@
+"""The file of an HNSW graph: searched by mapping it, grown in memory, and written whole or not at all.
+
+The graph is usearch's. Its keys are those of the pieces, ascending and never used twice. Not here: what is newer than
+the file, or was deleted since (``local``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from qingyu.errors import CorruptFileError, OutputError
+from qingyu.models.extras import require
+from qingyu.runtime.engine import Ids
+from qingyu.runtime.onnxruntime_engine import import_onnxruntime
+from qingyu.runtime.search.codes import Codes
+from qingyu.runtime.search.contract import Metric
+
+if TYPE_CHECKING:
+    from usearch.index import Index
+
+__all__ = ["EXACT", "SEARCH_WIDTH", "FileFacts", "Graph", "GraphShape", "damaged"]
+
+# Measured on clustered vectors of 512 dimensions (bench/search.py): more neighbours cost memory, and bring recall
+# that a wider search brings, too.
+NEIGHBOURS = 16
+BUILD_WIDTH = 128
+SEARCH_WIDTH = 64
+
+EXACT = 10_000  # entries up to which comparing with all takes less than a millisecond
+
+# Codes of int8 keep directions only, so they are compared by cosine whatever the metric of the space.
+KINDS = {"cosine": "cos", "dot": "ip", "euclidean": "l2sq"}
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """What a graph holds: vectors of so many values, kept as codes, near by a metric."""
+
+    dim: int
+    codes: Codes
+    metric: Metric
+
+    def index(self, **options: Any) -> Index:  # noqa: ANN401 - usearch's own
+        """A usearch index of this shape."""
+        return _index_class()(
+            ndim=self.dim,
+            metric="cos" if self.codes.scalar == "i8" else KINDS[self.metric],
+            dtype=self.codes.scalar,
+            connectivity=NEIGHBOURS,
+            expansion_add=BUILD_WIDTH,
+            expansion_search=SEARCH_WIDTH,
+            **options,
+        )
+
+
+def _index_class() -> type[Index]:
+    """Usearch's index, imported after onnxruntime: the other way round onnxruntime 1.32 ends in a segmentation fault.
+
+    usearch loads a library with its symbols open to all; among them are those of libstdc++, which onnxruntime then
+    mixes with its own.
+    """
+    require("search", "usearch")
+    import_onnxruntime()
+    from usearch.index import Index
+
+    kind: type[Index] = Index
+    return kind
+
+
+class Graph:
+    """An HNSW graph, mapped (and then only searched) or in memory."""
+
+    def __init__(self, shape: GraphShape, index: Index) -> None:
+        self._shape = shape
+        self._index = index
+
+    @classmethod
+    def empty(cls, shape: GraphShape) -> Graph:
+        """A graph of nothing, in memory."""
+        return cls(shape, shape.index())
+
+    @classmethod
+    def mapped(cls, shape: GraphShape, path: Path, size: int) -> Graph:
+        """The graph of a file, which is mapped and not read; ``CorruptFileError`` unless it has ``size`` bytes."""
+        with _reading(path, size):
+            return cls(shape, shape.index(enable_key_lookups=False, path=path, view=True))
+
+    @classmethod
+    def loaded(cls, shape: GraphShape, path: Path, size: int) -> Graph:
+        """The graph of a file, read into memory to be grown."""
+        with _reading(path, size):
+            return cls(shape, shape.index(path=path, view=False))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def add(self, keys: Ids, rows: Any, *, threads: int) -> None:  # noqa: ANN401 - an array of codes
+        """Add rows of codes under keys that are not there."""
+        self._index.add(keys.astype(np.uint64), self._shape.codes.searched(rows), threads=threads)
+
+    def nearest(self, row: Any, count: int, *, width: int = SEARCH_WIDTH) -> Ids:  # noqa: ANN401
+        """Keys of the ``count`` nearest to one row of codes, nearest first; exact among ``EXACT`` and fewer."""
+        if not len(self):
+            return np.empty(0, dtype=np.int64)
+        self._index.expansion_search = max(width, count)
+        exact = len(self) <= EXACT
+        found = self._index.search(
+            self._shape.codes.searched(row)[0], min(count, len(self)), exact=exact, threads=1
+        )
+        keys: Ids = found.keys.astype(np.int64)
+        return keys
+
+    def keys(self) -> Ids:
+        """All keys, ascending; of a graph in memory, for usearch has no list of them for a mapped one."""
+        return np.sort(np.fromiter(self._index.keys, dtype=np.int64, count=len(self)))
+
+    def save(self, path: Path) -> FileFacts:
+        """Write the graph to a temporary name, and rename; it is on the disk when this returns.
+
+        Raises ``OutputError`` and then leaves nothing.
+        """
+        with writing(path), _temporary(path) as temporary:
+            wanted = self._index.serialized_length
+            self._index.save(temporary)
+            facts = FileFacts.of(temporary)
+            if facts.size != wanted:
+                raise OSError(f"{facts.size} of {wanted} bytes were written")
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        return facts
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size in bytes and SHA-256 of a file."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileFacts:
+        """Those of a file that is there."""
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+        return cls(path.stat().st_size, digest.hexdigest())
+
+
+@contextmanager
+def _reading(path: Path, size: int) -> Iterator[None]:
+    found = path.stat().st_size  # FileNotFoundError is the caller's: a writer may have replaced the file
+    if found != size:
+        damaged(path, f"{size} bytes", f"{found} bytes")
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        damaged(path, "a graph of usearch", str(error) or type(error).__name__)
+
+
+def damaged(path: Path, expected: str, found: str) -> NoReturn:
+    """Raise ``CorruptFileError`` for a graph's file."""
+    raise CorruptFileError(
+        f"{path} is damaged",
+        expected=expected,
+        found=found,
+        remedy="Run `qingyu index compact FOLDER`, which makes it anew from the vectors in documents.sqlite.",
+    )
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        Path(name).chmod(0o644)
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong while writing is ``OutputError``; usearch says it with a ``RuntimeError``."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        found = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise OutputError(
+            f"cannot write {path}",
+            expected="a folder that can be written, with room",
+            found=found,
+            remedy="Free space or choose another folder; what was stored before is still there.",
+        ) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
