@@ -51,7 +51,7 @@ def write_openvino(
             found=", ".join(spec.outputs),
             remedy="Export it without, or leave out --openvino.",
         )
-    (folder / OPENVINO_FILE).write_bytes(source.graph(MARKED))
+    (folder / OPENVINO_FILE).write_bytes(_pooled_alone(source.graph(MARKED)))
     draft = dataclasses.replace(spec, openvino=OpenVinoFile(OPENVINO_FILE, LEAST_COSINES[0]))
     _write(folder, draft)
     with (
@@ -72,6 +72,16 @@ def write_openvino(
         speed = measure_speed(other, model, sample, rounds=rounds).ratio if rounds else None
     record = OpenVinoFile(OPENVINO_FILE, least, measured.certificate.to_json(), speed)
     return _write(folder, dataclasses.replace(spec, openvino=record))
+
+
+def _pooled_alone(graph: bytes) -> bytes:
+    """The graph with pooled vectors as its only output: others would be copied after every run."""
+    import onnx
+
+    model = onnx.load_from_string(graph)
+    for value in [value for value in model.graph.output if value.name != "pooled"]:
+        model.graph.output.remove(value)
+    return model.SerializeToString()  # type: ignore[no-any-return]
 
 
 def _write(folder: Path, spec: ModelSpec) -> ModelSpec:

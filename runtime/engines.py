@@ -19,7 +19,7 @@ from qingyu.runtime.graph_engine import GraphEngine, Profile
 from qingyu.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from qingyu.runtime.spec import ModelSpec, OpenVinoFile
 
-__all__ = ["EngineName", "check_engine", "choose_engine"]
+__all__ = ["EngineName", "check_engine", "choose_engine", "openvino_installed"]
 
 EngineName = Literal["auto", "onnxruntime", "openvino"]
 # Where the engine is that needs an extra: nothing of the runtime but this imports it.
@@ -77,7 +77,7 @@ def choose_engine(
     )
     if not wanted:
         return OnnxRuntimeEngine(folder, spec, profile=profile, threads=threads)
-    if not _installed():
+    if not openvino_installed():
         if engine == "openvino":
             raise MissingExtraError(
                 "the extra 'openvino' is not installed",
@@ -91,7 +91,7 @@ def choose_engine(
     return opened
 
 
-def _installed() -> bool:
+def openvino_installed() -> bool:
     """Whether the package openvino can be found; does not load it."""
     if "openvino" in sys.modules:
         return sys.modules["openvino"] is not None

@@ -31,7 +31,7 @@ def with_openvino(monkeypatch):
     module = sys.modules[__name__]
     monkeypatch.setitem(sys.modules, "fake_openvino_engine", module)
     monkeypatch.setattr(engines, "OPENVINO", ("fake_openvino_engine", "FakeEngine"))
-    monkeypatch.setattr(engines, "_installed", lambda: True)
+    monkeypatch.setattr(engines, "openvino_installed", lambda: True)
 
 
 @pytest.fixture
