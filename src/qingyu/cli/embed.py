@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qingyu.cli.common import add_model_arguments, new_command, open_embedder, print_report
+from qingyu.cli.common import (
+    add_long_text_arguments,
+    add_model_arguments,
+    new_command,
+    open_embedder,
+    print_report,
+)
 from qingyu.cli.text_input import add_text_arguments, from_arguments
 from qingyu.cli.vector_output import open_sink
 from qingyu.errors import InvalidOptionError
@@ -47,16 +53,7 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
         default=None,
         help="leave lengths as they are",
     )
-    parser.add_argument(
-        "--long-text",
-        choices=("truncate", "error", "mean", "max"),
-        default="truncate",
-        help="for texts longer than the model reads; mean and max read them whole, in pieces (default: truncate, and "
-        "say how many)",
-    )
-    parser.add_argument(
-        "--overlap", type=int, default=0, metavar="N", help="tokens that pieces share (default: %(default)s)"
-    )
+    add_long_text_arguments(parser)
     parser.add_argument("--json", action="store_true", help="JSON lines also on a terminal")
     _add_ray_arguments(parser)
     parser.set_defaults(run=run)
