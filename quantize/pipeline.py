@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qingyu.quantize.recipes import Recipe
     from qingyu.quantize.report import PassedOver
     from qingyu.quantize.statistics import Statistics
+    from qingyu.runtime.engines import EngineName
 
 __all__ = ["AUTO", "FALLBACK", "Gate", "Outcome", "PreparedSource", "quantize", "verify"]
 
@@ -129,18 +130,20 @@ def verify(
     *,
     retrieval: Sequence[RetrievalSet] = (),
     similarity: Sequence[SimilaritySet] = (),
+    engine: EngineName = "onnxruntime",
     speed_rounds: int = 5,
     progress: bool = False,
 ) -> Measured:
     """The certificate of a quantized folder against its FP32 folder, computed anew on this machine.
 
-    Raises ``MismatchError`` when they are not of the same model, ``InputError`` for texts that tell nothing.
+    ``engine`` runs the quantized one. Raises ``MismatchError`` when they are not of the same model, ``InputError`` for
+    texts that tell nothing.
     """
     from qingyu.quantize.fidelity import Reference
     from qingyu.runtime.embedder import Embedder
 
     checked = checked_texts(texts, least=2)
-    with Embedder.open(reference) as fp32, Embedder.open(candidate) as quantized:
+    with Embedder.open(reference) as fp32, Embedder.open(candidate, engine=engine) as quantized:
         from qingyu.quantize.certificate import check_same_model
 
         check_same_model(fp32.spec, quantized.spec)
