@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,8 +20,17 @@ __all__ = [
     "new_command",
     "open_embedder",
     "opening",
+    "place",
     "print_report",
 ]
+
+
+STORES = ("milvus+", "qdrant+")  # how addresses of stores begin (a test compares with qingyu.runtime.stores)
+
+
+def place(text: str) -> Path | str:
+    """Where an index is: a folder, or the address of a store as it stands."""
+    return text if text.startswith(STORES) else Path(text)
 
 
 def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:  # noqa: ANN401
