@@ -98,6 +98,7 @@ ALLOWED = {
     "qingyu.runtime.bulk": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime.serve": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
+    "qingyu.runtime.openvino": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime": ("qingyu.errors",),
     "qingyu.models.adapt": (
         "qingyu.errors",
