@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -302,6 +303,11 @@ async def openapi(service: Service, asked: Mapping[str, Any], call: Call) -> byt
     return _json(document(max_inputs=service.configuration.max_inputs, keys=service.configuration.keyed))
 
 
+async def page(service: Service, asked: Mapping[str, Any], call: Call) -> bytes:
+    """The page to try models on: one file, which loads nothing from elsewhere."""
+    return resources.files("qingyu.runtime.serve").joinpath("page.html").read_bytes()
+
+
 class _using:  # noqa: N801 - used as a statement
     """Within the block the model stays open, and the call knows it."""
 
@@ -530,6 +536,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "GET", "/info", "What is served, and within which limits", info, refusals=("not_ready", "draining")
     ),
+    Route("GET", "/", "A page to try the models on", page, key=False, media="text/html; charset=utf-8"),
     Route("GET", "/stats", "Queue, speed and memory now, for the page", stats),
     Route(
         "GET", "/metrics", "Metrics for Prometheus", metrics, media="text/plain; version=0.0.4; charset=utf-8"

@@ -76,6 +76,7 @@ class _Process:
         self._log = log
         self._telemetry = Telemetry()
         self._service = Service(configuration, self._telemetry)
+        self._service.on_freed = lambda name: log("freed", model=name)
         app = App(self._service, self._telemetry, log, Keys(settings.keys))
         app.gate = Gate(
             max_body=configuration.max_body,

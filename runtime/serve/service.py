@@ -105,6 +105,7 @@ class Service:
         self.draining = False
         self.scheduler: Scheduler | None = None
         self.started = time.monotonic()
+        self.on_freed: Callable[[str], None] = lambda name: None
         self._served: dict[str, Served] = {}
         self._prepare = Preparer()
         self._changing = asyncio.Lock()
@@ -253,6 +254,10 @@ class Service:
             await asyncio.sleep(REPLACED_SECONDS)  # the folder may have been replaced in between
             return await loop.run_in_executor(None, self._opened, source)
 
+    async def _freed(self, served: Served) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, served.model.close)
+        self.on_freed(served.name)
+
     def _free_if_unused(self, served: Served) -> None:
         if not served.retired or served.users > 0 or self.scheduler is None:
             return
@@ -260,13 +265,9 @@ class Service:
             if lane is not None:
                 self.scheduler.remove(lane)
         served.retired = False  # once
-        task = asyncio.ensure_future(_closed(served.model))
+        task = asyncio.ensure_future(self._freed(served))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-
-
-async def _closed(model: TaskModel) -> None:
-    await asyncio.get_running_loop().run_in_executor(None, model.close)
 
 
 def _another_task(name: str, expected: Task, found: Task) -> QingyuError:
@@ -285,7 +286,7 @@ def _sample(model: TaskModel) -> Sequence[Any]:
     if isinstance(model, Embedder):
         return model.prepare([WARM_UP]).rows
     if isinstance(model, FillMask):
-        return model.prepare([WARM_UP + model.mask_token]).rows
+        return model.prepare([model.mask_token + WARM_UP]).rows
     if isinstance(model, QuestionAnswerer):
         return model.prepare([("天气怎么样", WARM_UP)]).rows
     if isinstance(model, (SequenceModel, TokenClassifier)):
