@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from qingyu.errors import ListenError, QingyuError
 from qingyu.runtime.serve.app import App, Keys
 from qingyu.runtime.serve.protocol import Gate, LimitedProtocol
 from qingyu.runtime.serve.service import Configuration, Served, Service
-from qingyu.runtime.serve.telemetry import Log, Telemetry
+from qingyu.runtime.serve.telemetry import Log, LogHandler, Telemetry
 
 __all__ = ["ServerSettings", "serve"]
 
@@ -56,12 +58,17 @@ def serve(configuration: Configuration, settings: ServerSettings) -> int:
     listener = _unix_listener(settings.unix_socket) if settings.unix_socket else _listener(settings)
     sys.setswitchinterval(SWITCH_SECONDS)
     log = Log()
+    handler = LogHandler(log)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of each bad request
+    warnings.showwarning = lambda message, *_, **__: log("warning", level="warning", message=str(message))
     try:
         return _run(_Process(configuration, settings, listener, log).run())
     finally:
         listener.close()
         if settings.unix_socket:
             Path(settings.unix_socket).unlink(missing_ok=True)
+        logging.getLogger().removeHandler(handler)
         log.close()
 
 
