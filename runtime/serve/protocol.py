@@ -111,6 +111,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._set_deadline(self.gate.body_seconds)
         names = [name for name, _ in self.headers]
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1") or (names.count(b"host") != 1 and version == "1.1"):
+            self._refuse("bad_request", "expected an HTTP/1.1 request to one host")
+            return
         if b"transfer-encoding" in names and b"content-length" in names:
             # Two lengths are how requests are smuggled past a proxy that believes the other one.
             self._refuse("bad_request", "expected one of Content-Length and Transfer-Encoding, found both")
