@@ -111,7 +111,6 @@ class _Process:
         )
         self._telemetry.connections = lambda: len(self._server.server_state.connections)
         self._signals = 0
-        self._code = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
@@ -130,8 +129,8 @@ class _Process:
             opening.cancel()
             await asyncio.gather(serving, opening, return_exceptions=True)
             await self._service.close()
-        self._log("stopped", code=self._code)
-        return self._code
+        self._log("stopped", code=0)
+        return 0
 
     async def _open(self) -> None:
         await self._service.open()
@@ -156,8 +155,7 @@ class _Process:
         self._signals += 1
         if self._signals > 1:
             self._log("forced", level="warning", signal=number, unanswered=self._telemetry.in_flight)
-            self._log.close()
-            os._exit(128 + number)
+            self._leave(128 + number)
         self._service.draining = True
         self._log("draining", signal=number, unanswered=self._telemetry.in_flight)
         self._keep(self._drain())
@@ -169,12 +167,17 @@ class _Process:
         end = asyncio.get_running_loop().time() + self._settings.grace
         while self._telemetry.in_flight > 0:
             if asyncio.get_running_loop().time() >= end:
-                self._code = UNANSWERED
                 self._log("grace ended", level="error", unanswered=self._telemetry.in_flight)
-                self._server.force_exit = True
-                break
+                self._leave(UNANSWERED)
             await asyncio.sleep(0.01)
         self._server.should_exit = True
+
+    def _leave(self, code: int) -> None:
+        """End now: a run under way cannot be interrupted, and may never end."""
+        if self._settings.unix_socket:
+            Path(self._settings.unix_socket).unlink(missing_ok=True)
+        self._log.close()
+        os._exit(code)
 
     def _reload(self, number: int) -> None:
         self._keep(self._open_again())

@@ -25,7 +25,8 @@ for package in ("uvicorn", "httptools", "orjson", "prometheus_client"):
 
 SECONDS = 60.0
 
-# ``qingyu serve`` with models that take their time: SLOW seconds for each micro-batch, and that start slowly.
+# ``qingyu serve`` with models that take SLOW seconds for each micro-batch, or as long as there is no file GATE, and that
+# take SLOW_START to open.
 SLOW = """
 import os, sys, time
 from qingyu.__main__ import main
@@ -39,6 +40,15 @@ if "SLOW" in os.environ:
         return fast(self, rows)
 
     task.TaskModel.run_rows = run_rows
+if "GATE" in os.environ:
+    ungated = task.TaskModel.run_rows
+
+    def gated_rows(self, rows):
+        while not os.path.exists(os.environ["GATE"]):
+            time.sleep(0.005)
+        return ungated(self, rows)
+
+    task.TaskModel.run_rows = gated_rows
 if "SLOW_START" in os.environ:
     load = task.TaskModel.load
 
@@ -185,11 +195,18 @@ def received(connection: socket.socket) -> bytes:
 
 @contextlib.contextmanager
 def started(
-    *arguments: str, ready: bool = True, slow: float | None = None, **environment: str
+    *arguments: str,
+    ready: bool = True,
+    slow: float | None = None,
+    gate: Path | None = None,
+    **environment: str,
 ) -> Iterator[Server]:
     """``qingyu serve`` with these arguments, on a free port unless they name a socket."""
     if "--unix-socket" not in arguments:
         arguments = ("--port", "0", *arguments)
+    if gate is not None:
+        gate.touch()
+        environment["GATE"] = str(gate)
     if slow is not None:
         environment["SLOW"] = str(slow)
     process = subprocess.Popen(
@@ -202,8 +219,12 @@ def started(
     try:
         if ready:
             server.event("ready")
+        if gate is not None:
+            gate.unlink()  # from here on nothing is run until it is there again
         yield server
     finally:
+        if gate is not None:
+            gate.touch()
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
