@@ -25,8 +25,8 @@ for package in ("uvicorn", "httptools", "orjson", "prometheus_client"):
 
 SECONDS = 60.0
 
-# ``qingyu serve`` with models that take SLOW seconds for each micro-batch, or as long as there is no file GATE, and that
-# take SLOW_START to open.
+# ``qingyu serve`` with models that take SLOW seconds for each micro-batch, or as long as there is no file GATE, and
+# SLOW_START to open.
 SLOW = """
 import os, sys, time
 from qingyu.__main__ import main
