@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from qingyu.bench.load import (
+    Load,
     Pool,
     RunningServer,
     closed_loop,

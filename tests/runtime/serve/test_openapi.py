@@ -116,6 +116,7 @@ def test_answers_are_of_the_form_that_the_document_gives(server, validator):
 def test_schemathesis_finds_nothing(server, tmp_path):
     """Generated requests to every route: no answer of 500, and none that the document does not have."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis (pip install schemathesis)")
+    checks = pytest.importorskip("schemathesis.specs.openapi.checks")
     schema = schemathesis.openapi.from_url(server.address + "/openapi.json")
     for operation in schema.get_all_operations():
         case_of = operation.ok().as_strategy()
@@ -125,7 +126,8 @@ def test_schemathesis_finds_nothing(server, tmp_path):
         def check(case):
             answer = case.call()
             assert answer.status_code < 500
-            case.validate_response(answer)
+            # A name, a prompt or a text without a mask may be refused though a schema cannot tell.
+            case.validate_response(answer, excluded_checks=[checks.positive_data_acceptance])
 
         check()
 
