@@ -22,9 +22,9 @@ from qingyu.runtime.embedder import Embedder, Report
 BUDGETS = (128, 256, 512, 1024, 2048)
 
 
-def with_budget(model: Path, profile: str, budget: int) -> Embedder:
+def with_budget(model: Path, profile: str, budget: int, *, threads: int | None = None) -> Embedder:
     """An embedder whose micro-batches take ``budget`` tokens."""
-    embedder = Embedder.open(model, profile=profile)  # type: ignore[arg-type] # argparse has checked it
+    embedder = Embedder.open(model, profile=profile, threads=threads)  # type: ignore[arg-type] # argparse has checked it
     embedder._batcher = dataclasses.replace(embedder._batcher, token_budget=budget)
     return embedder
 

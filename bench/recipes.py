@@ -11,10 +11,8 @@ certificate of a model folder (``qingyu quantize``), and tokenizing and batching
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
-import random
 import statistics
 import sys
 import time
@@ -26,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.errors import DataFileError
+from qingyu.bench.texts import varied_texts
 from qingyu.models.export.graph import read_plan, read_weights
 from qingyu.quantize.certificate import compare
 from qingyu.quantize.recipes import RECIPES, write_quantized
@@ -36,7 +34,7 @@ from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.onnxruntime_engine import PROVIDERS, SLOW_FUSIONS, import_onnxruntime, session_options
 from qingyu.runtime.spec import ModelSpec, read_spec
 
-__all__ = ["main", "varied_texts"]
+__all__ = ["main"]
 
 SHAPES = ((8, 32), (4, 64), (2, 128), (1, 256))
 CALIBRATION_TEXTS = 128
@@ -50,40 +48,6 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "dynamic, smoothing": {"smoothing": 0.7},
     "static, no smoothing": {"smoothing": 0.0},
 }
-
-
-def varied_texts(path: Path, count: int, *, seed: int = 0) -> list[str]:
-    """``count`` texts of 4 to about 700 characters, evenly over the logarithm of their length and over sources.
-
-    A line is a source, a tab and a text, or a text alone; lines of one source are joined to reach a length. ``path``
-    may end in ``.gz``. Raises ``DataFileError`` when there is no text in it.
-    """
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        content = gzip.decompress(content)
-    sources: dict[str, list[str]] = {}
-    for line in content.decode("utf-8").split("\n"):
-        source, _, text = line.rpartition("\t")
-        if text:
-            sources.setdefault(source, []).append(text)
-    if not sources:
-        raise DataFileError(
-            f"{path} has no texts",
-            expected="lines of text",
-            found="none",
-            remedy="Give lines of a source, a tab and a text, or of text alone.",
-        )
-    chooser = random.Random(seed)
-    names = sorted(sources)
-    texts = []
-    for number in range(count):
-        own = sources[names[number % len(names)]]
-        length = round(4 * (700 / 4) ** chooser.random())
-        text = ""
-        while len(text) < length:
-            text += chooser.choice(own)
-        texts.append(text[:length])
-    return texts
 
 
 def fidelity(graphs: Mapping[str, bytes], batches: Sequence[TokenBatch]) -> dict[str, dict[str, Any]]:

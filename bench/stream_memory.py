@@ -16,9 +16,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qingyu.bench.process_memory import peak_bytes
 from qingyu.runtime.embedder import Embedder
 
-__all__ = ["main", "measure", "peak_bytes", "short_texts"]
+__all__ = ["main", "measure", "short_texts"]
 
 EARLY = 10_000  # texts after which a stream holds all that it will ever hold
 MEGABYTE = 1 << 20
@@ -42,16 +43,6 @@ def short_texts(count: int, *, seed: int = 7) -> Iterator[str]:
     for number in range(count):
         phrases = source.choices(PHRASES, k=source.randint(1, 4))
         yield "，".join(phrases) + str(number)
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had resident, in bytes.
-
-    ``getrusage`` will not do: what it reports as the peak starts with that of the process that started this one.
-    """
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) << 10
 
 
 def measure(

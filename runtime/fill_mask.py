@@ -106,6 +106,7 @@ class _Masked:
     parts: list[str]
     unknown: int
     truncated: bool
+    dropped: int
 
     def with_word(self, mask: int, word: str, token: str) -> str:
         """The text with ``word`` in the place of one mask; the others stand."""
@@ -277,8 +278,10 @@ class FillMask(TaskModel):
         counted = Report() if report is None else report
         ranking = None if candidates is None else self._ranking(candidates, scoring)
         first = counted.texts
-        found = [self._masked(text, first + n) for n, text in enumerate(texts)]
-        counted.add([EncodedText(self._ids(m), m.unknown, m.truncated) for m in found])
+        # A candidate of several tokens pushes the end of the text on by all but one of them.
+        pushed = max((len(word.ids) - 1 for word in ranking.words), default=0) if ranking else 0
+        found = [self._masked(text, first + n, pushed) for n, text in enumerate(texts)]
+        counted.add([EncodedText(self._ids(m), m.unknown, m.truncated, m.dropped) for m in found])
         rows = [self._rows(masked, first + n, top_k, ranking) for n, masked in enumerate(found)]
         window = _Window(texts, found, [len(own) for own in rows])
         return Prepared(
@@ -332,8 +335,9 @@ class FillMask(TaskModel):
     def _ids(self, masked: _Masked) -> Ids:
         return self._tokenizer.surrounded(masked.content)[0]
 
-    def _masked(self, text: str, number: int) -> _Masked:
-        content = self._tokenizer.content(text, name=f"text {number}")
+    def _masked(self, text: str, number: int, pushed: int) -> _Masked:
+        beginning = self._tokenizer.beginning(text, name=f"text {number}")
+        content = beginning.ids
         parts = text.split(self.mask_token)
         room = self._tokenizer.room
         places = tuple(n for n, token in enumerate(content[:room]) if token == self._mask_id)
@@ -354,7 +358,9 @@ class FillMask(TaskModel):
         kept = content[:room]
         unknown = self._tokenizer.unknown_id
         count = 0 if unknown is None else kept.count(unknown)
-        return _Masked(content, places, parts, count, len(content) > room)
+        read = max(0, room - pushed)
+        truncated, dropped = beginning.goes_on(read), beginning.dropped(read)
+        return _Masked(content, places, parts, count, truncated, dropped)
 
     def _ranking(self, candidates: Sequence[str], scoring: CandidateScore) -> _Ranking:
         if scoring not in SCORINGS:

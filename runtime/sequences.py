@@ -78,7 +78,8 @@ class SequenceModel(TextModel):
                 )
             return self._tokenizer.encode_pairs([text], first=number)[0]
         alone = self._tokenizer.encode([text], first=number)[0]
-        return EncodedPair(alone.ids, np.zeros_like(alone.ids), alone.unknown, alone.truncated)
+        types = np.zeros_like(alone.ids)
+        return EncodedPair(alone.ids, types, alone.unknown, alone.truncated, alone.dropped)
 
     def _run(self, rows: Sequence[EncodedPair]) -> Sequence[Floats]:
         batch = TokenBatch.pad(

@@ -218,8 +218,10 @@ def read_spec(folder: Path) -> ModelSpec:
             found=f"{path.stat().st_size} bytes",
             remedy="Export the model again.",
         )
+    with _reading(path):
+        data = path.read_bytes()
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ManifestError(
             f"{path} is not text", expected="UTF-8", found=str(error), remedy="Export the model again."

@@ -9,11 +9,11 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
@@ -33,10 +33,12 @@ from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
+from qingyu.runtime.tuning import Tuning, recall
 from qingyu.runtime.vectors import unit
 
 __all__ = [
     "BUNDLED",
+    "CutText",
     "OpenOptions",
     "Report",
     "TaskModel",
@@ -52,6 +54,7 @@ BUNDLED = "qingyu-mini-zh"  # the model that travels in the package
 M = TypeVar("M", bound="TaskModel")
 T = TypeVar("T", bound="TextModel")
 
+CUT_LISTED = 20  # texts that a report names; it must not grow with a stream
 UNKNOWN_LIMIT = 0.1  # above this share of unknown tokens a result says little about its text
 
 # Task -> the module of the class that opens its models, and the class.
@@ -65,11 +68,19 @@ OPENED_BY: Mapping[Task, tuple[str, str]] = {
 }
 
 
+class CutText(NamedTuple):
+    """A text that was not read to its end: its number, from 0, and how many characters were left."""
+
+    text: int
+    dropped: int
+
+
 @dataclass
 class Report:
     """What a call read: pass one in, read it afterwards. ``tokens`` counts special tokens, too.
 
-    ``truncated`` texts were read in part only; ``split`` ones whole, in pieces.
+    ``truncated`` texts were read in part only, and ``dropped`` characters at their ends not; ``cut`` names the first
+    of them. ``split`` texts were read whole, in pieces.
     """
 
     texts: int = 0
@@ -77,6 +88,8 @@ class Report:
     unknown: int = 0
     truncated: int = 0
     split: int = 0
+    dropped: int = 0
+    cut: list[CutText] = field(default_factory=list)
 
     @property
     def unknown_rate(self) -> float:
@@ -85,16 +98,28 @@ class Report:
 
     def add(self, encoded: Sequence[EncodedText | EncodedPair]) -> None:
         """Count these texts."""
+        for number, text in enumerate(encoded, start=self.texts):
+            if text.truncated:
+                self._add_cut(number, text.dropped)
         self.texts += len(encoded)
         self.tokens += sum(len(text.ids) for text in encoded)
         self.unknown += sum(text.unknown for text in encoded)
-        self.truncated += sum(text.truncated for text in encoded)
 
-    def replace(self, whole: EncodedText, pieces: Sequence[EncodedText]) -> None:
-        """Count a text's pieces instead of its beginning."""
+    def _add_cut(self, number: int, dropped: int) -> None:
+        self.truncated += 1
+        self.dropped += dropped
+        if len(self.cut) < CUT_LISTED:
+            self.cut.append(CutText(number, dropped))
+
+    def replace(self, number: int, whole: EncodedText, pieces: Sequence[EncodedText]) -> None:
+        """Count a text's pieces instead of its beginning; ``number`` is the text's, and ``whole`` was truncated."""
         self.tokens += sum(len(piece.ids) for piece in pieces) - len(whole.ids)
         self.unknown += sum(piece.unknown for piece in pieces) - whole.unknown
-        self.truncated += any(piece.truncated for piece in pieces) - whole.truncated
+        self.truncated -= 1
+        self.dropped -= whole.dropped
+        self.cut = [one for one in self.cut if one.text != number]
+        if any(piece.truncated for piece in pieces):
+            self._add_cut(number, sum(piece.dropped for piece in pieces))
         self.split += 1
 
     def warn(self) -> None:
@@ -175,6 +200,11 @@ class OpenOptions:
                 remedy="Give it in megabytes.",
             )
 
+    def tuning(self, spec: ModelSpec) -> Tuning | None:
+        """What `qingyu doctor --measure` found best here, unless these options decide about it."""
+        decided = self.threads is not None or self.profile != "throughput"
+        return None if decided else recall(spec)
+
 
 class TaskModel:
     """One opened model folder; thread-safe, usable in a forked child, picklable, and a context manager.
@@ -211,9 +241,12 @@ class TaskModel:
             unicode_form=options.unicode_form,
             script=options.script,
         )
-        runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=options.threads)
+        tuned = options.tuning(spec)
+        threads = options.threads if tuned is None else tuned.threads
+        runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=threads)
         engine = CheckedEngine(runner, tokenizer.as_written(), enabled=options.self_check)
-        model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, options.max_memory_mb))
+        budget = engine.settings.token_budget if tuned is None else tuned.token_budget
+        model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, budget, options.max_memory_mb))
         model._options = options
         # What to open again elsewhere: a bundle itself, for it may be unpacked for this process only.
         model._origin = Path(name_or_folder).resolve() if Path(name_or_folder).is_file() else folder
@@ -341,7 +374,7 @@ class TextModel(TaskModel):
         unknown = self._tokenizer.unknown_id
         count = 0 if unknown is None else tokenized.ids.count(unknown)
         ids = np.array(tokenized.ids, dtype=np.int64)
-        report.add([EncodedText(ids, count, tokenized.truncated)])
+        report.add([EncodedText(ids, count, tokenized.truncated, tokenized.dropped)])
         return TokenRow(ids, tokenized)
 
 
@@ -370,7 +403,7 @@ def listed(texts: str | Iterable[str]) -> list[str]:
     return list(texts)
 
 
-def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> Plan:
+def _plan(engine: CheckedEngine, spec: ModelSpec, token_budget: int, max_memory_mb: int | None) -> Plan:
     free = None
     if max_memory_mb is not None:
         engine.open()  # what the weights take is measured, not estimated
@@ -379,6 +412,6 @@ def _plan(engine: CheckedEngine, spec: ModelSpec, max_memory_mb: int | None) -> 
         spec.architecture,
         max_tokens=spec.max_tokens,
         workers=engine.workers,
-        token_budget=engine.settings.token_budget,
+        token_budget=token_budget,
         free_bytes=free,
     )

@@ -71,25 +71,45 @@ class EncodedText:
     """Token ids of one text, ready for the model.
 
     ``ids``: int64, shape (tokens,), special tokens included, at most ``max_tokens``. ``unknown``: how many of
-    them are the unknown token. ``truncated``: whether text was left over.
+    them are the unknown token. ``truncated``: whether text was left over, and ``dropped``: how many characters.
     """
 
     ids: NDArray[np.int64]
     unknown: int
     truncated: bool
+    dropped: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
     """Token ids and token types of a text with another, ready for the model; fields as in ``EncodedText``.
 
-    ``types``: int64 (tokens,).
+    ``types``: int64 (tokens,). ``dropped`` counts characters of both.
     """
 
     ids: NDArray[np.int64]
     types: NDArray[np.int64]
     unknown: int
     truncated: bool
+    dropped: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """The start of a text as ids without special tokens, one more than the model reads where it has as many."""
+
+    ids: list[int]
+    parts: Sequence[Part]
+    characters: int
+    limited: bool
+
+    def goes_on(self, kept: int) -> bool:
+        """Whether the text has more than its first ``kept`` tokens."""
+        return self.limited or kept < len(self.ids)
+
+    def dropped(self, kept: int) -> int:
+        """How many characters stand behind those of the first ``kept`` tokens; 0 where these are all."""
+        return self.characters - _end(self.parts, kept) if self.goes_on(kept) else 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,7 @@ class TokenizedText:
     offsets: tuple[tuple[int, int], ...]
     special: tuple[bool, ...]
     truncated: bool
+    dropped: int = 0
 
 
 class Tokenizer:
@@ -209,12 +230,14 @@ class Tokenizer:
         before = [(self._name(number), number, (0, 0)) for number in self._prefix]
         after = [(self._name(number), number, (0, 0)) for number in self._suffix]
         rows = [*before, *kept, *after]
+        truncated = head.limited or len(content) > self._room
         return TokenizedText(
             tokens=tuple(row[0] for row in rows),
             ids=tuple(row[1] for row in rows),
             offsets=tuple(row[2] for row in rows),
             special=(True,) * len(before) + (False,) * len(kept) + (True,) * len(after),
-            truncated=head.limited or len(content) > self._room,
+            truncated=truncated,
+            dropped=len(text) - (kept[-1][2][1] if kept else 0) if truncated else 0,
         )
 
     def whole(self, text: str, *, name: str = "the text") -> TokenizedText:
@@ -245,9 +268,15 @@ class Tokenizer:
 
         Errors call the text ``name``; raises what ``encode`` raises.
         """
+        return self.beginning(text, name=name).ids
+
+    def beginning(self, text: str, *, name: str = "the text") -> Beginning:
+        """The same with what it is made of."""
         _check_text(text, name)
         with _converted(f"the tokenizer failed on {name}"):
-            return [number for part in self._head(text).parts for number in part.encoding.ids]
+            head = self._head(text)
+            ids = [number for part in head.parts for number in part.encoding.ids]
+        return Beginning(ids, head.parts, len(text), head.limited)
 
     def surrounded(self, content: Sequence[int]) -> tuple[NDArray[np.int64], int]:
         """Ids with special tokens around the first ``room`` of ``content``, and how many stand before them."""
@@ -280,12 +309,14 @@ class Tokenizer:
             )
         found = []
         for number, (text, other) in enumerate(pairs, start=first):
-            a = self.content(text, name=f"the first text of pair {number}")
-            b = self.content(other, name=f"the second text of pair {number}")
-            kept = longest_first(len(a), len(b), room)
-            ids, types = template.join(a[: kept[0]], b[: kept[1]])
+            a = self.beginning(text, name=f"the first text of pair {number}")
+            b = self.beginning(other, name=f"the second text of pair {number}")
+            kept = longest_first(len(a.ids), len(b.ids), room)
+            ids, types = template.join(a.ids[: kept[0]], b.ids[: kept[1]])
             unknown = 0 if self.unknown_id is None else int((ids == self.unknown_id).sum())
-            found.append(EncodedPair(ids, types, unknown, truncated=kept != (len(a), len(b))))
+            dropped = a.dropped(kept[0]) + b.dropped(kept[1])
+            truncated = a.goes_on(kept[0]) or b.goes_on(kept[1])
+            found.append(EncodedPair(ids, types, unknown, truncated, dropped))
         return found
 
     def _encode(self, text: str, prompt: str) -> EncodedText:
@@ -294,7 +325,8 @@ class Tokenizer:
         ids = [*self._prefix, *content[: self._room], *self._suffix]
         unknown = 0 if self.unknown_id is None else ids.count(self.unknown_id)
         truncated = head.limited or len(content) > self._room
-        return EncodedText(np.array(ids, dtype=np.int64), unknown, truncated)
+        dropped = len(prompt) + len(text) - _end(head.parts, self._room) if truncated else 0
+        return EncodedText(np.array(ids, dtype=np.int64), unknown, truncated, min(dropped, len(text)))
 
     def _head(self, text: str, prompt: str = "") -> Head:
         """The start of a text in the script that is to be read, with ``prompt`` as it is before it.
@@ -328,6 +360,16 @@ class Tokenizer:
 
     def _name(self, number: int) -> str:
         return self._backend.id_to_token(number) or ""
+
+
+def _end(parts: Sequence[Part], count: int) -> int:
+    """The position in the tokenized text behind its first ``count`` tokens, or behind all of them."""
+    end = 0
+    for part in parts:
+        offsets = part.encoding.offsets[:count]
+        count -= len(offsets)
+        end = part.view.origin(offsets[-1][1]) if offsets else end
+    return end
 
 
 def _described(part: Part, skipped: int) -> Iterator[tuple[str, int, tuple[int, int]]]:

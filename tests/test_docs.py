@@ -14,6 +14,13 @@ import pytest
 from qingyu.__main__ import COMMANDS
 
 TRAINING = ("torch", "transformers", "sentence_transformers", "peft", "datasets", "accelerate")
+# What a command looks like that needs packages beyond the usual test environment, and which.
+NEEDED = {
+    r"milvus\+": ("pymilvus", "milvus_lite", "usearch"),
+    "^qingyu adapt (contrast|classify|tag|distil)": TRAINING,
+    "--script": ("opencc",),
+    "--ray ": ("ray",),
+}
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -64,8 +71,22 @@ def desk(tiny_checkpoint, tiny_model, head_checkpoint, tmp_path):
         "reviews.tsv": ["text\tlabel", *labelled],
         "entities.jsonl": [json.dumps(row, ensure_ascii=False) for row in entities],
     }
+    questions = [json.dumps({"id": n, "text": line}, ensure_ascii=False) for n, line in enumerate(lines[:20])]
+    files |= {
+        "sts.tsv": [
+            "sentence1\tsentence2\tlabel",
+            *(f"{a}\t{b}\t{n % 6}" for n, (a, b) in enumerate(zip(lines, lines[7:], strict=False))),
+        ],
+        "questions/queries.jsonl": questions,
+        "questions/corpus.jsonl": questions,
+        "questions/qrels.tsv": ["query_id\tdoc_id\trel", *(f"{n}\t{n}\t1" for n in range(20))],
+    }
+    (tmp_path / "questions").mkdir()
     for name, content in files.items():
         (tmp_path / name).write_text("\n".join(content) + "\n", encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    rows = [json.dumps({"id": n, "text": line}, ensure_ascii=False) for n, line in enumerate(lines)]
+    (tmp_path / "docs" / "all.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return tmp_path
 
 
@@ -80,11 +101,10 @@ def test_commands_and_examples_of_a_page_work_in_order(page, desk, tiny_model, t
     if shell is None:
         pytest.skip("needs bash")
     lines = commands(page)
-    if any(re.match("qingyu adapt (contrast|classify|tag|distil)", line) for line in lines):
-        for package in TRAINING:
-            pytest.importorskip(package)
-    if any("--script" in line for line in lines):
-        pytest.importorskip("opencc")
+    for pattern, packages in NEEDED.items():
+        if any(re.search(pattern, line) for line in lines):
+            for package in packages:
+                pytest.importorskip(package)
     for command, name, model in (("export", "bge", tiny_model), ("quantize", "bge-int8", tiny_int8)):
         if not any(f"qingyu {command} " in line for line in lines):
             shutil.copytree(model, desk / "out" / name)

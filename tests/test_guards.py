@@ -93,6 +93,9 @@ def inside(name: str, allowed: tuple[str, ...]) -> bool:
 
 # Folder -> what of ours it may import besides itself. "qingyu" alone is the package, for its __version__.
 ALLOWED = {
+    "qingyu.runtime.stores": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
+    "qingyu.runtime.integrations": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
+    "qingyu.runtime.bulk": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime.serve": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime": ("qingyu.errors",),
@@ -107,7 +110,14 @@ ALLOWED = {
     "qingyu.quantize": ("qingyu.errors", "qingyu.runtime", "qingyu.models"),
     "qingyu.bench": ("qingyu.errors", "qingyu.runtime", "qingyu.models", "qingyu.quantize"),
     "qingyu.errors": (),
-    "qingyu.cli": ("qingyu.errors", "qingyu.runtime", "qingyu.models", "qingyu.quantize"),
+    # `qingyu bench` and `qingyu doctor --measure` are that one measurement.
+    "qingyu.cli": (
+        "qingyu.errors",
+        "qingyu.runtime",
+        "qingyu.models",
+        "qingyu.quantize",
+        "qingyu.bench.on_device",
+    ),
     "qingyu.__main__": ("qingyu.errors", "qingyu.cli"),
     "qingyu": ("qingyu.errors", "qingyu.runtime"),
 }
@@ -133,13 +143,14 @@ def test_the_package_itself_is_imported_for_its_version_only():
                 assert names <= {"__version__"}, module
 
 
-def test_nothing_imports_bench():
+def test_nothing_imports_bench_but_the_commands_that_measure():
     users = [name for name in MODULES if layer_of(name) != "qingyu.bench"]
-    assert not [name for name in users if any(inside(i, ("qingyu.bench",)) for i in imports_of(name))]
+    found = [name for name in users if any(inside(i, ("qingyu.bench",)) for i in imports_of(name))]
+    assert found == ["qingyu.cli.bench", "qingyu.cli.doctor"]
 
 
 def test_the_command_line_loads_the_other_layers_inside_functions_only():
-    lazily = ("qingyu.runtime", "qingyu.models", "qingyu.quantize")
+    lazily = ("qingyu.runtime", "qingyu.models", "qingyu.quantize", "qingyu.bench")
     for module in MODULES:
         if layer_of(module) in ("qingyu.cli", "qingyu.__main__", "qingyu"):
             loaded = {name for name in imports_when_loaded(MODULES[module]) if inside(name, lazily)}
@@ -159,7 +170,13 @@ def third_party(found: set[str]) -> set[str]:
 
 
 # Subpackages of the runtime with an extra of their own: what they alone may import, in functions only.
-EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}}
+EXTRAS = {
+    "qingyu.runtime.search": {"usearch", "jieba"},
+    "qingyu.runtime.bulk": {"ray", "pyarrow"},
+    "qingyu.runtime.stores.milvus": {"pymilvus", "grpc"},
+    "qingyu.runtime.stores.qdrant": {"qdrant_client", "httpx"},
+    "qingyu.runtime.stores": set(),
+}
 
 
 @pytest.mark.parametrize("subpackage", sorted(EXTRAS))
@@ -173,6 +190,33 @@ def test_a_subpackage_with_an_extra_imports_it_in_functions_only(module):
     extra = next(packages for name, packages in EXTRAS.items() if inside(module, (name,)))
     assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | extra
     assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"}
+
+
+# Classes that other libraries ask for must have those libraries' own as their base, so these modules load them at once,
+# after the door of their extra, and nothing else of ours loads these modules.
+INTEGRATIONS = {
+    "qingyu.runtime.integrations.langchain": {"langchain_core"},
+    "qingyu.runtime.integrations.llama_index": {"llama_index"},
+    "qingyu.runtime.integrations.mteb": {"mteb"},
+    "qingyu.runtime.integrations.sentence_transformers": {"torch"},
+    "qingyu.runtime.integrations.common": set(),
+    "qingyu.runtime.integrations": set(),
+}
+BASED = ("qingyu.runtime.integrations.langchain", "qingyu.runtime.integrations.llama_index")
+
+
+@pytest.mark.parametrize(
+    "module", sorted(name for name in MODULES if inside(name, ("qingyu.runtime.integrations",)))
+)
+def test_an_integration_uses_its_library_and_the_packages_of_the_runtime_only(module):
+    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | INTEGRATIONS[module]
+    at_once = INTEGRATIONS[module] if module in BASED else set()
+    assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"} | at_once
+
+
+def test_nothing_of_ours_loads_an_integration_but_a_measurement():
+    users = [name for name in MODULES if not inside(name, ("qingyu.runtime.integrations", "qingyu.bench"))]
+    assert not [name for name in users if any(inside(i, tuple(INTEGRATIONS)) for i in imports_of(name))]
 
 
 # The server is loaded by its command alone, after the door of its extra; so it may load its packages at once.
@@ -210,6 +254,8 @@ def test_a_module_imports_cleanly_and_all_of_its_public_names_exist(module):
     """Warnings are errors here, too. A module without its extra is skipped by name."""
     try:
         loaded = importlib.import_module(module)
+    except errors.MissingExtraError as error:
+        pytest.skip(str(error))
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] in ("onnx", "safetensors", "torch", "optimum", *SERVE_PACKAGES):
             pytest.skip(f"needs {error.name}")

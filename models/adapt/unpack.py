@@ -195,6 +195,8 @@ def _write(made: Path, spec: ModelSpec, plan: GraphPlan, weights: Weights, token
 
     save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
     (made / "tokenizer.json").write_bytes(tokenizer)
+    if spec.source.license is not None:  # where a checkpoint says it
+        (made / "README.md").write_text(f"---\nlicense: {spec.source.license}\n---\n", encoding="utf-8")
     (made / "1_Pooling").mkdir()
     special = _special_tokens(tokenizer)
     documents: Mapping[Path, object] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ __all__ = [
     "EmbeddedDocument",
     "Filter",
     "Hit",
+    "KeptStore",
     "Metric",
     "Scalar",
     "Span",
@@ -66,9 +67,8 @@ class Document:
             found = "nothing but blanks" if isinstance(self.text, str) else type(self.text).__name__
             _refuse(f"document {self.id!r} has no text", "a text", found, "Leave it out.")
         try:
-            json.dumps([self.id, self.text, dict(self.fields)], ensure_ascii=False, allow_nan=False).encode(
-                "utf-8"
-            )
+            self.id.encode("utf-8")
+            self._content()
         except (TypeError, ValueError, RecursionError) as error:
             _refuse(
                 f"document {self.id!r} cannot be stored",
@@ -80,8 +80,13 @@ class Document:
     @property
     def digest(self) -> str:
         """32 hex digits that are the same where text and fields are the same."""
-        content = json.dumps([self.text, self.fields], sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(content.encode("ascii")).hexdigest()[:32]
+        return hashlib.sha256(self._content()).hexdigest()[:32]
+
+    def _content(self) -> bytes:
+        """Text and fields as bytes, or an error for what has none."""
+        fields = dict(self.fields)
+        written = json.dumps(fields, ensure_ascii=False, allow_nan=False, sort_keys=True) if fields else ""
+        return b"\0".join((self.text.encode("utf-8"), written.encode("utf-8")))
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,24 @@ class VectorStore(Protocol):
 
     def close(self) -> None:
         """Free what is held; what was put stays."""
+        ...
+
+
+@runtime_checkable
+class KeptStore(VectorStore, Protocol):
+    """A store that an index is kept in: it knows what it was made with, and which documents it holds."""
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What the store was made with, as it was given."""
+        ...
+
+    def ids(self) -> Iterator[str]:
+        """The ids of all documents."""
+        ...
+
+    def flush(self) -> None:
+        """Do now what makes searches fast, if anything is left to do."""
         ...
 
 

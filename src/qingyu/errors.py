@@ -17,6 +17,7 @@
     │   ├── MemoryBudgetError      a memory budget too small for the model
     │   ├── OutputError            a result cannot be written
     │   ├── StoreError             a store of vectors is absent, in use, or cannot be reached
+    │   ├── ClusterError           a Ray cluster cannot be reached, is too small, or has failed
     │   ├── UnsafeFolderError      somebody else can write where models are kept
     │   ├── KernelError            this machine computes wrong vectors with this model
     │   ├── OverloadedError        more work waits than can be done in time
@@ -41,6 +42,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ClosedError",
+    "ClusterError",
     "CorruptFileError",
     "DataFileError",
     "DocumentError",
@@ -163,6 +165,10 @@ class OutputError(OperatorError):
 
 class StoreError(OperatorError):
     """A store of vectors is not where it was named, is in use by another writer, or cannot be reached."""
+
+
+class ClusterError(OperatorError):
+    """A Ray cluster cannot be reached, is too small for the job, or has failed."""
 
 
 class UnsafeFolderError(OperatorError):

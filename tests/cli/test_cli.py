@@ -132,10 +132,24 @@ def test_what_was_cut_is_said(run, tiny_model):
     long = "今天天气真好" * 50
     code, _, err = run("embed", "--model", tiny_model, long, "今天")
     assert code == 0
-    assert "1 of 2 texts were cut at 64 tokens" in err
-    code, out, err = run("embed", "--model", tiny_model, "--long-text", "error", long)
-    assert (code, out) == (3, "")
-    assert "text 0 is too long" in err
+    said = "1 of 2 texts were cut at 64 tokens (--long-text error refuses them, mean reads them whole); 238 "
+    assert said + "characters were not read: the last 238 of text 0" in err
+    for command in ("embed", "similarity"):
+        code, out, err = run(command, "--model", tiny_model, "--long-text", "error", "今天", long)
+        assert (code, out) == (3, "")
+        assert "is too long" in err
+        code, _, err = run(command, "--model", tiny_model, "--long-text", "mean", "今天", long)
+        assert code == 0
+        assert "were read in pieces" in err
+        assert "cut" not in err
+
+
+def test_of_many_cut_texts_the_first_are_named_and_all_counted(run, tiny_model, tmp_path):
+    (tmp_path / "texts.txt").write_text("今天天气真好" * 12 + "\n" + ("今天" * 40 + "\n") * 30, "utf-8")
+    _, _, err = run("embed", "--model", tiny_model, "--input", tmp_path / "texts.txt")
+    assert "31 of 31 texts were cut" in err
+    assert f"; {10 + 30 * 18} characters were not read: the last 10 of text 0, the last 18 of text 1, " in err
+    assert err.rstrip().endswith("the last 18 of text 19, and those of 11 more texts")
 
 
 def test_what_was_read_in_pieces_is_said(run, tiny_model):

@@ -70,7 +70,8 @@ def test_options_of_fill_mask(call, capsys):
     assert call("fill-mask", "今天天气") == 3
     assert "has no [MASK]" in capsys.readouterr().err
     assert call("fill-mask", "[MASK]" + "今天" * 40) == 0
-    assert "1 of 1 texts were cut at 64 tokens\n" in capsys.readouterr().err
+    said = "1 of 1 texts were cut at 64 tokens; 19 characters were not read: the last 19 of text 0\n"
+    assert said in capsys.readouterr().err
 
 
 def test_options_of_the_other_commands(call, capsys):
@@ -101,3 +102,25 @@ def test_export_says_what_it_made(head_checkpoint, tmp_path, capsys):
     assert main(["info", str(tmp_path / "b")]) == 0
     assert "sigmoid" in capsys.readouterr().out
     assert main(["export", folder, str(tmp_path / "c"), "--task", "fill-mask"]) == 3
+
+
+@pytest.mark.parametrize("command", ["classify", "tag", "fill-mask", "rerank"])
+def test_every_command_says_which_texts_it_cut_and_by_how_much(call, capsys, command):
+    start = "[MASK]" if command == "fill-mask" else ""
+    options = ["--query", "今"] if command == "rerank" else []
+    assert call(command, *options, start + "今天", start + "今天天气" * 20, start + "今天") == 0
+    err = capsys.readouterr().err
+    # Beside [CLS] and [SEP] there is room for 62 tokens; the mask is one, and a query with its [SEP] two.
+    left = 80 - 62 + {"fill-mask": 1, "rerank": 2}.get(command, 0)
+    assert (
+        f"1 of 3 texts were cut at 64 tokens; {left} characters were not read: the last {left} of text 1\n"
+        in err
+    )
+
+
+def test_a_long_context_is_read_to_its_end_and_a_long_question_refused(call, capsys):
+    """Answering cuts nothing: contexts are read in windows."""
+    assert call("answer", "--question", "今天", "今天天气" * 100) == 0
+    assert capsys.readouterr().err == ""
+    assert call("answer", "--question", "今天" * 40, "今天") == 3
+    assert "question 0 is too long" in capsys.readouterr().err

@@ -40,6 +40,7 @@ def test_the_bundled_model_comes_back_with_tokenizer_prompts_and_pooling(tmp_pat
     again = unpacked("qingyu-mini-zh", tmp_path)
     with Embedder.open() as before, Embedder.open(again) as after:
         assert after.spec.architecture == before.spec.architecture
+        assert after.spec.source.license == before.spec.source.license == "apache-2.0"
         for name in ("pooling", "normalize", "max_tokens", "prompts", "default_prompt"):
             assert getattr(after.spec, name) == getattr(before.spec, name)
         assert after.tokenize("用 Python 读 CSV") == before.tokenize("用 Python 读 CSV")

@@ -124,6 +124,8 @@ def test_long_texts_are_cut_or_refused(embedder):
     cut = embedder.embed([TEXTS[0], long], report=report)
     assert report.truncated == 1
     assert report.texts == 2
+    assert report.dropped == len(long) - (embedder.spec.max_tokens - 2)
+    assert report.cut == [(1, report.dropped)]
     assert np.allclose(cut[1], embedder.embed(long[: embedder.spec.max_tokens - 2])[0], atol=1e-6)
     with pytest.raises(TextTooLongError, match="text 70 is too long: expected at most 64 tokens"):
         embedder.embed([*mixed(70), long], long_text="error")

@@ -203,6 +203,10 @@ def test_a_mask_that_the_model_does_not_read_is_refused(model):
     report = Report()
     assert len(model.fill("[MASK]" + "今天" * 40, report=report)[0].masks) == 1
     assert (report.texts, report.truncated) == (1, 1), "cut behind the mask is counted"
+    assert report.cut == [(0, 81 - 62)]
+    pushed = Report()
+    model.fill("[MASK]" + "今" * 61, candidates=["中国人", "我"], report=pushed)
+    assert pushed.cut == [(0, 2)], "what a candidate of three tokens pushes out is counted"
     with pytest.raises(TextTooLongError, match="candidate '中国' does not fit"):
         model.fill("今" * 61 + "[MASK]", candidates=["中国"])
 

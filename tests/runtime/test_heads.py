@@ -65,6 +65,7 @@ def test_pairs_are_encoded_as_the_reference_does_it(transformers, head_checkpoin
             assert found.types.tolist() == wanted["token_type_ids"][0]
             whole = tokenizer(*lists, verbose=False)["input_ids"][0]
             assert found.truncated == (len(whole) > 64)
+            assert found.dropped == max(0, len(whole) - 64), "one character a token"
 
 
 @pytest.mark.parametrize("room", [7, 8])

@@ -109,6 +109,7 @@ def test_the_report_counts_what_was_split_and_that_nothing_was_dropped(embedder)
     report = Report()
     embedder.embed([LONG, SENTENCES[0]], long_text="mean", report=report)
     assert (report.texts, report.split, report.truncated) == (2, 1, 0)
+    assert (report.dropped, report.cut) == (0, [])
     tokens = sum(len(embedder.tokenize(part).ids) for part in [*own_pieces(embedder, LONG), SENTENCES[0]])
     assert report.tokens == tokens
 

@@ -381,3 +381,29 @@ def test_the_module_loads_no_tokenizers():
     code = "import sys, qingyu.runtime.tokenizer; print('tokenizers' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
+
+
+@pytest.mark.parametrize("prompt", ["", "今 "])
+def test_what_is_left_of_a_truncated_text_without_its_dropped_characters_is_what_was_read(build, prompt):
+    """By every way to encode, with and without windows, runs of blanks and a prompt."""
+    short, tokenizer = build(max_tokens=5), build()
+    for text in (
+        "中文中",
+        "中文中文天气",
+        "中 文" + " " * 9000 + "今" * 9,
+        "中" + "文" * 9000,
+        "今天" + "\0" * 5000 + "气好中",
+    ):
+        for one in (short, tokenizer):
+            encoded = one.encode([text], prompt=prompt)[0]
+            kept = text[: len(text) - encoded.dropped]
+            assert encoded.truncated == (encoded.dropped > 0)
+            again = one.encode([kept], prompt=prompt)[0]
+            assert again.ids.tolist() == encoded.ids.tolist()
+            assert not again.truncated
+            assert one.tokenize(text, prompt=prompt).dropped == encoded.dropped
+        beginning = short.beginning(text)
+        assert beginning.dropped(short.room) == short.encode([text])[0].dropped
+    assert short.encode(["中文"], prompt="今天气好")[0].dropped == 2, (
+        "a prompt that fills it all leaves no text"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,13 +14,23 @@ BUNDLED = "qingyu-mini-zh"  # qingyu.runtime.task's (a test compares), not impor
 
 __all__ = [
     "BUNDLED",
+    "add_long_text_arguments",
     "add_model_arguments",
     "add_opening_arguments",
     "new_command",
     "open_embedder",
     "opening",
+    "place",
     "print_report",
 ]
+
+
+STORES = ("milvus+", "qdrant+")  # how addresses of stores begin (a test compares with qingyu.runtime.stores)
+
+
+def place(text: str) -> Path | str:
+    """Where an index is: a folder, or the address of a store as it stands."""
+    return text if text.startswith(STORES) else Path(text)
 
 
 def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:  # noqa: ANN401
@@ -92,14 +103,35 @@ def opening(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def add_long_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --long-text and --overlap, which ``long_text`` reads."""
+    parser.add_argument(
+        "--long-text",
+        choices=("truncate", "error", "mean", "max"),
+        default="truncate",
+        help="for texts longer than the model reads; mean and max read them whole, in pieces (default: truncate, and "
+        "say which)",
+    )
+    parser.add_argument(
+        "--overlap", type=int, default=0, metavar="N", help="tokens that pieces share (default: %(default)s)"
+    )
+
+
 def print_report(report: Report, max_tokens: int, *, refusable: bool = True) -> None:
     """Say on standard error what was cut or unknown; nothing where all was read."""
     if report.truncated:
-        remedy = " (--long-text error refuses them)" if refusable else ""
+        remedy = " (--long-text error refuses them, mean reads them whole)" if refusable else ""
         print(
-            f"{report.truncated:,} of {report.texts:,} texts were cut at {max_tokens} tokens{remedy}",
+            f"{report.truncated:,} of {report.texts:,} texts were cut at {max_tokens} tokens{remedy}; "
+            f"{report.dropped:,} characters were not read: {_cut_texts(report)}",
             file=sys.stderr,
         )
     if report.split:
         print(f"{report.split:,} of {report.texts:,} texts were read in pieces", file=sys.stderr)
     report.warn()
+
+
+def _cut_texts(report: Report) -> str:
+    named = [f"the last {dropped:,} of text {number:,}" for number, dropped in report.cut]
+    rest = report.truncated - len(report.cut)
+    return ", ".join(named) + (f", and those of {rest:,} more texts" if rest else "")

@@ -34,6 +34,12 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
         metavar="FOLDER",
         help="the model folder whose hashes to check and which to run (default: %(default)s)",
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure for 40 seconds, and keep what is best here for this model, to be used when it is opened",
+    )
+    parser.add_argument("--forget", action="store_true", help="drop what --measure kept for this model")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     parser.set_defaults(run=run)
 
@@ -44,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     failure: QingyuError | None = None
     try:
         report.update(_model(options.model))
+        report["settings"] = _settings(options)
     except QingyuError as error:
         failure = error
         report["model check"] = f"FAILED: {error}"
@@ -51,6 +58,27 @@ def run(options: argparse.Namespace) -> int:
     if failure is not None:
         return failure.exit_code
     return 5 if report["integer kernels"] == "wrong" else 0
+
+
+def _settings(options: argparse.Namespace) -> str:
+    """What was measured to be best here, measured or dropped first where that was asked for."""
+    from qingyu.runtime.embedder import find_model
+    from qingyu.runtime.spec import read_spec
+    from qingyu.runtime.tuning import forget, recall, store
+
+    spec = read_spec(find_model(options.model))
+    if options.forget or options.measure:
+        forget(spec)
+    if options.measure:
+        from qingyu.bench.on_device import measure, tuning_of
+
+        best = tuning_of(measure(options.model))
+        if best is not None and store(spec, best) is None:
+            return f"{best.threads} threads, {best.token_budget} tokens are best, but there is nowhere to keep it"
+    kept = recall(spec)
+    if kept is None:
+        return "defaults, measured to be best" if options.measure else "defaults"
+    return f"{kept.threads} threads, {kept.token_budget} tokens, as measured here"
 
 
 def _installed(package: str) -> str:

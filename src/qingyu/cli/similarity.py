@@ -6,7 +6,13 @@ import argparse
 import json
 from typing import Any
 
-from qingyu.cli.common import add_model_arguments, new_command, open_embedder, print_report
+from qingyu.cli.common import (
+    add_long_text_arguments,
+    add_model_arguments,
+    new_command,
+    open_embedder,
+    print_report,
+)
 from qingyu.cli.table import clip, render
 from qingyu.cli.text_input import add_text_arguments, from_arguments
 from qingyu.errors import InvalidOptionError
@@ -22,6 +28,7 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     parser = new_command(commands, "similarity", "rank texts by their cosine with the first one", EXAMPLE)
     add_text_arguments(parser)
     add_model_arguments(parser)
+    add_long_text_arguments(parser)
     parser.add_argument("--matrix", action="store_true", help="all cosines with all, not only with the first")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     parser.set_defaults(run=run)
@@ -35,7 +42,13 @@ def run(options: argparse.Namespace) -> int:
     texts = _some(options)
     report = Report()
     with open_embedder(options) as embedder:
-        vectors = embedder.embed(texts, prompt=options.prompt, report=report)
+        vectors = embedder.embed(
+            texts,
+            prompt=options.prompt,
+            long_text=options.long_text,
+            overlap=options.overlap,
+            report=report,
+        )
     matrix = cosine(vectors, vectors)
     rows = matrix if options.matrix else matrix[:1]
     if options.json:

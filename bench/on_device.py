@@ -1,0 +1,214 @@
+"""One model on this machine in less than a minute: the best threads and token budget, throughput, latency, memory.
+
+    python -m qingyu.bench.on_device out/bge-int8
+
+Prints one JSON line; `qingyu bench` prints the same as a table. Settings take turns, round by round, so that a drift
+of the machine falls on all of them alike. Not here: other libraries (``compare``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qingyu.bench.batching import with_budget
+from qingyu.bench.rounds import medians, ratios_to
+from qingyu.bench.summary import percentile
+from qingyu.bench.texts import read_sources
+from qingyu.bench.workloads import WORKLOADS
+from qingyu.errors import InvalidOptionError
+from qingyu.runtime.cpu import available_cpus, cpu_flags, cpu_model
+from qingyu.runtime.embedder import Embedder, Report
+from qingyu.runtime.tuning import Tuning
+
+__all__ = ["LEAST_SECONDS", "main", "measure", "tuning_of"]
+
+BUDGETS = (128, 256, 512, 1024, 2048)
+LEAST_SECONDS = 5.0
+ROUND_SECONDS = 0.4  # of one setting in one round, about
+LEAST_ROUNDS = 3
+# A setting is worth keeping only if it beats the default by more than rounds differ by anyway.
+WORTH = 1.03
+QUERIES = 200
+
+MEMORY = """
+import json, sys
+import psutil
+from qingyu import Embedder
+embedder = Embedder.open(sys.argv[1], profile=sys.argv[2])
+texts = json.load(sys.stdin)
+embedder.embed(texts[0])
+opened = psutil.Process().memory_info().rss
+embedder.embed(texts)
+print(json.dumps([opened, psutil.Process().memory_info().rss]))
+"""
+
+
+@dataclass(frozen=True)
+class _Setting:
+    threads: int
+    budget: int
+
+    def __str__(self) -> str:
+        return f"{self.threads} threads, {self.budget} tokens"
+
+
+def measure(model: str, *, seconds: float = 40.0) -> dict[str, Any]:
+    """Everything about one embedding model, in about ``seconds``.
+
+    Raises what ``Embedder.open`` raises, and ``InvalidOptionError`` for fewer than 5 seconds.
+    """
+    if seconds < LEAST_SECONDS:
+        raise InvalidOptionError(
+            "option seconds",
+            expected=f"at least {LEAST_SECONDS:g}",
+            found=f"{seconds:g}",
+            remedy="Less tells nothing.",
+        )
+    sources = read_sources(None)
+    texts = WORKLOADS["mixed"].sample(sources, 2000)
+    with Embedder.open(model) as embedder:
+        default = _Setting(embedder.plan.workers, embedder.plan.token_budget)
+        facts = {
+            "model": embedder.spec.name,
+            "precision": embedder.spec.precision,
+            "folder": str(embedder.folder),
+            "cpu": cpu_model() or "unknown",
+            "flags": list(cpu_flags()),
+            "cpus": available_cpus(),
+        }
+        chosen = _as_many_as_take(embedder, texts, ROUND_SECONDS)
+        report = Report()
+        embedder.embed(chosen, report=report)
+    bulk = _bulk(model, chosen, report.tokens, default, 0.7 * seconds)
+    queries = WORKLOADS["single"].sample(sources, QUERIES)
+    latency = {profile: _latency(model, profile, queries, 0.1 * seconds) for profile in PROFILES}
+    memory = {profile: _memory(model, profile, texts[:200]) for profile in PROFILES}
+    return {**facts, **bulk, "latency": latency, "memory": memory}
+
+
+PROFILES = ("throughput", "latency", "edge")
+
+
+def tuning_of(measured: dict[str, Any]) -> Tuning | None:
+    """The best setting, if it is clearly better than the default."""
+    best = measured["best"]
+    return Tuning(best["threads"], best["token_budget"]) if best["times_default"] >= WORTH else None
+
+
+def _as_many_as_take(embedder: Embedder, texts: Sequence[str], seconds: float) -> list[str]:
+    """The first of the texts, as many as take about so long; all lengths are among them."""
+    count = 8
+    while count < len(texts):
+        start = time.perf_counter()
+        embedder.embed(texts[:count])
+        took = time.perf_counter() - start
+        if took > seconds / 2:
+            break
+        count *= 2
+    return list(texts[:count])
+
+
+def _bulk(model: str, texts: Sequence[str], tokens: int, default: _Setting, seconds: float) -> dict[str, Any]:
+    """Budgets with the default's threads first, then other numbers of threads with the best budget."""
+    budgets = [default, *(_Setting(default.threads, n) for n in BUDGETS if n != default.budget)]
+    times = _rounds(model, texts, budgets, seconds * 0.7)
+    best = min(budgets, key=lambda one: -ratios_to(times, str(default))[str(one)])
+    counts = sorted({1, *(1 << n for n in range(10)), available_cpus()} - {best.threads})
+    others = [_Setting(n, best.budget) for n in counts if n <= available_cpus()]
+    settings = list(dict.fromkeys([default, best, *others]))
+    threads = _rounds(model, texts, settings, seconds * 0.3)
+    found = {**_rows(times, default, tokens, budgets), **_rows(threads, default, tokens, settings)}
+    winner = max(found.values(), key=lambda row: float(row["times_default"]))
+    return {
+        "texts": len(texts),
+        "tokens": tokens,
+        "default": found[str(default)],
+        "best": winner,
+        "settings": list(found.values()),
+    }
+
+
+def _rows(
+    times: dict[str, list[float]], default: _Setting, tokens: int, settings: Sequence[_Setting]
+) -> dict[str, dict[str, Any]]:
+    ratios, middle = ratios_to(times, str(default)), medians(times)
+    return {
+        str(one): {
+            "threads": one.threads,
+            "token_budget": one.budget,
+            "tokens_per_second": round(tokens / middle[str(one)]),
+            "times_default": round(ratios[str(one)], 3),
+            "rounds": len(times[str(one)]),
+        }
+        for one in settings
+    }
+
+
+def _rounds(
+    model: str, texts: Sequence[str], settings: Sequence[_Setting], seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each setting in each round; rounds go on for so long, and are three at least."""
+    embedders = {
+        str(one): with_budget(Path(model), "throughput", one.budget, threads=one.threads) for one in settings
+    }
+    times: dict[str, list[float]] = {name: [] for name in embedders}
+    try:
+        for embedder in embedders.values():
+            embedder.embed(texts[:32])
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[str(settings[0])]) < LEAST_ROUNDS:
+            backwards = len(times[str(settings[0])]) % 2 == 1
+            for name in list(embedders)[::-1] if backwards else list(embedders):
+                start = time.perf_counter()
+                embedders[name].embed(texts)
+                times[name].append(time.perf_counter() - start)
+    finally:
+        for embedder in embedders.values():
+            embedder.close()
+    return times
+
+
+def _latency(model: str, profile: str, texts: Sequence[str], seconds: float) -> dict[str, float]:
+    """Milliseconds of one query at a time."""
+    took: list[float] = []
+    with Embedder.open(model, profile=profile) as embedder:  # type: ignore[arg-type] # one of PROFILES
+        for text in texts[:8]:
+            embedder.embed(text)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for text in texts:
+                start = time.perf_counter()
+                embedder.embed(text)
+                took.append(1e3 * (time.perf_counter() - start))
+    return {f"p{share}_ms": round(percentile(took, share), 3) for share in (50, 95, 99)}
+
+
+def _memory(model: str, profile: str, texts: Sequence[str]) -> dict[str, float]:
+    """Resident MB of a process of its own once open, and after the texts."""
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY, model, profile]
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True)
+    opened, after = json.loads(done.stdout)
+    return {"opened_mb": round(opened / (1 << 20), 1), "after_mb": round(after / (1 << 20), 1)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0."""
+    parser = argparse.ArgumentParser(prog="python -m qingyu.bench.on_device", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", help="a model folder, or a name")
+    parser.add_argument("--seconds", type=float, default=40.0, help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    print(json.dumps(measure(options.model, seconds=options.seconds), ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,91 @@
+"""The measurement of one model: what it holds, and what `qingyu bench` and `qingyu doctor` make of it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+
+from qingyu.__main__ import main
+from qingyu.bench import on_device
+from qingyu.bench.on_device import measure, tuning_of
+from qingyu.errors import InvalidOptionError
+from qingyu.runtime.cpu import available_cpus
+from qingyu.runtime.tuning import Tuning
+
+pytestmark = pytest.mark.filterwarnings("ignore::qingyu.errors.UnknownTokenWarning")
+
+
+@pytest.fixture(scope="module")
+def found(tiny_int8):
+    """Little of everything: how fast it is does not matter here."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(on_device, "BUDGETS", (64, 512))
+        patch.setattr(on_device, "ROUND_SECONDS", 0.01)
+        patch.setattr(on_device, "LEAST_SECONDS", 0.01)
+        return measure(str(tiny_int8), seconds=0.1)
+
+
+def test_every_setting_is_measured_in_every_round_and_the_best_is_one_of_them(found):
+    json.dumps(found, allow_nan=False)
+    settings = found["settings"]
+    assert found["best"] in settings
+    assert found["default"]["times_default"] == 1.0
+    assert found["best"]["times_default"] == max(row["times_default"] for row in settings)
+    assert {row["token_budget"] for row in settings} == {64, 512}
+    assert {row["threads"] for row in settings} >= {1, available_cpus()}
+    assert all(row["rounds"] >= on_device.LEAST_ROUNDS for row in settings)
+    assert set(found["latency"]) == set(found["memory"]) == {"throughput", "latency", "edge"}
+    for row in found["latency"].values():
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
+    assert all(row["opened_mb"] > 10 for row in found["memory"].values())
+
+
+def test_too_short_a_time_is_an_error(tiny_int8):
+    with pytest.raises(InvalidOptionError, match="at least 5, found 1"):
+        measure(str(tiny_int8), seconds=1)
+
+
+def test_only_a_clear_gain_is_worth_keeping():
+    row = {"threads": 1, "token_budget": 256}
+    assert tuning_of({"best": {**row, "times_default": 1.01}}) is None
+    assert tuning_of({"best": {**row, "times_default": 1.2}}) == Tuning(1, 256)
+
+
+def test_the_command_prints_a_table_or_json(found, monkeypatch, capsys):
+    monkeypatch.setattr(on_device, "measure", lambda _model, *, seconds: {**found, "asked": seconds})
+    assert main(["bench"]) == 0
+    table = capsys.readouterr().out
+    assert "default" in table
+    assert "best" in table
+    assert "one query, latency" in table
+    assert main(["bench", "some-model", "--seconds", "7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {**found, "asked": 7.0}
+
+
+def test_an_unknown_model_is_an_error(capsys):
+    assert main(["bench", "no-such-model"]) == 5
+    assert "no model 'no-such-model'" in capsys.readouterr().err
+
+
+def test_doctor_keeps_what_it_measured_and_forgets_it(tiny_int8, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QINGYU_HOME", str(tmp_path))
+    best = {"threads": 1, "token_budget": 128, "times_default": 1.5}
+    monkeypatch.setattr(on_device, "measure", lambda _model: {"best": best})
+
+    def settings(*options):
+        assert main(["doctor", "--model", str(tiny_int8), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)["settings"]
+
+    assert settings() == "defaults"
+    assert settings("--measure") == settings() == "1 threads, 128 tokens, as measured here"
+    best["times_default"] = 1.0
+    assert settings("--measure") == "defaults, measured to be best"
+    best["times_default"] = 1.5
+    settings("--measure")
+    assert settings("--forget") == settings() == "defaults"
+    (tmp_path / "tuned").rmdir()
+    (tmp_path / "tuned").write_text("")
+    assert "nowhere to keep it" in settings("--measure")
