@@ -72,7 +72,7 @@ def test_a_body_is_read_exactly_if_its_schema_allows_it(path, validator):
         for field in fields
     }
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         body=st.fixed_dictionaries({}, optional=near)
         | st.dictionaries(st.text(max_size=6), json_values, max_size=3)
