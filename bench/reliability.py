@@ -51,8 +51,14 @@ def run_row(row: Row, setting: Setting) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
-        "facts": found.facts,
+        "facts": _without_places(found.facts, setting),
     }
+
+
+def _without_places(facts: Any, setting: Setting) -> Any:  # noqa: ANN401 - JSON
+    """Facts without the folders of this run, which mean nothing elsewhere."""
+    text = json.dumps(facts, ensure_ascii=False)
+    return json.loads(text.replace(f"{setting.scratch}/", "").replace(f"{setting.checkout}/", ""))
 
 
 def page(results: Mapping[str, Any]) -> str:
