@@ -98,6 +98,7 @@ ALLOWED = {
     "qingyu.runtime.bulk": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime.serve": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
+    "qingyu.runtime.openvino": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime": ("qingyu.errors",),
     "qingyu.models.adapt": (
         "qingyu.errors",
@@ -173,6 +174,7 @@ def third_party(found: set[str]) -> set[str]:
 EXTRAS = {
     "qingyu.runtime.search": {"usearch", "jieba"},
     "qingyu.runtime.bulk": {"ray", "pyarrow"},
+    "qingyu.runtime.openvino": {"openvino"},
     "qingyu.runtime.stores.milvus": {"pymilvus", "grpc"},
     "qingyu.runtime.stores.qdrant": {"qdrant_client", "httpx"},
     "qingyu.runtime.stores": set(),
