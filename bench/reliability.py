@@ -32,6 +32,8 @@ from qingyu.errors import QingyuError
 
 __all__ = ["main", "page"]
 
+TIMED = (8, 12, 13, 14, 17, 18, 20, 22, 24)  # rows whose bars are times: on a busy machine they say little
+BUSY = 3.0
 PACKAGES = ("qingyu", "onnxruntime", "tokenizers", "numpy")
 
 
@@ -48,6 +50,8 @@ def run_row(row: Row, setting: Setting) -> dict[str, Any]:
         "met": found.met,
         "quick": setting.quick,
         "seconds": round(time.monotonic() - start, 1),
+        "load_average": round(os.getloadavg()[0], 1),
+        "nice": os.nice(0),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
@@ -93,6 +97,9 @@ def _scorecard_line(number: int, result: Mapping[str, Any] | None) -> str:
         return f"| {number} | {row.promise} | not run yet | {row.bar} | not tried | |"
     met = {True: "yes", False: "**no**", None: "not tried"}[result["met"]]
     quick = " (quick)" if result["quick"] else ""
+    if result.get("load_average", 0.0) > BUSY and number in TIMED:
+        priority = ", this at raised priority" if result["nice"] < 0 else ""
+        quick += f" (others kept the machine busy: load {result['load_average']:.0f}{priority})"
     return f"| {number} | {row.promise} | {result['figure']}{quick} | {row.bar} | {met} | {result['date']} |"
 
 
