@@ -130,6 +130,9 @@ MIDDLE = """
 
 - Row 1: with a forged hash, some damaged files load, as they must: whoever can write the manifest can write the model.
   Most are refused all the same, by onnxruntime's parser or by the golden texts; none ended a process by a signal.
+- Row 4: the restart that counts as bad could not import qingyu, which was being installed anew in that second; its
+  download had ended well. It has to be repeated. About half of the downloads had ended before the kill came.
+- Row 22: the same measurement on an idle machine gave medians of 144 and 153 ms ([performance.md](performance.md)).
 - Row 11 repeats nothing; [cpus.md](cpus.md) says how its figures were made, and what emulation cannot tell.
 - Row 18 found a server that stood still once nobody read its log: libraries wrote tracebacks of clients that had left
   to standard error from the event loop. They go through the log's own queue now.
