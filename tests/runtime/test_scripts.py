@@ -335,7 +335,7 @@ def test_a_mark_that_melts_into_its_letter_is_not_counted_into_the_span(bge):
 
 
 def test_bulk_embedding_reads_the_script_and_names_its_vectors_otherwise(tiny_model):
-    pytest.importorskip("pyarrow", reason="needs the extra bulk")
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
     from qingyu.cli.embed import _bulk_options
     from qingyu.runtime.bulk import BulkOptions
 
