@@ -21,7 +21,7 @@ from qingyu.bench.machine import machine
 from qingyu.bench.prepare import FIDELITY, Prepared
 from qingyu.bench.records import FORMAT, Row, Session
 from qingyu.bench.seats import Load, Seat, SeatError, Started, cold_start, started
-from qingyu.bench.summary import MOST_FOREIGN
+from qingyu.bench.summary import is_disturbed
 from qingyu.bench.wall import Ceiling, operations_per_token
 from qingyu.bench.workloads import GROWTH, WORKLOADS, Workload, arrival_times
 
@@ -121,7 +121,7 @@ class Comparison:
                 for cores, ceiling in ceilings.items():
                     load = Load(os.getpid())
                     row = {**where, "cores": cores, "gops": ceiling.measure()}
-                    self.session.add("wall", {**row, "foreign": load.foreign()})
+                    self.session.add("wall", {**row, **load.since()})
                 for process, one in self._pairs(seats if number % 2 == 0 else seats[::-1], workloads):
                     found = self._ask(process, prepared, one, sizes[one.name]["texts"])
                     if found is not None:
@@ -241,7 +241,7 @@ class Comparison:
             order["times"] = arrival_times(count, one.rate)
         try:
             found = process.ask(order)
-            return process.ask(order) if found["foreign"] > MOST_FOREIGN else found
+            return process.ask(order) if is_disturbed(found) else found
         except SeatError as error:
             self._skip(process.seat.contender, prepared, f"{one.name}: {error}")
             return None

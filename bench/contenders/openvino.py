@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qingyu.bench.contenders.contract import (
+    TOKENS,
     Contender,
     Files,
     Opened,
@@ -91,7 +92,7 @@ def _open(files: Files, threads: int) -> Opened:
         return lone[0]
 
     def batches(ids: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        for rows in sorted_batches([len(one) for one in ids], ROWS):
+        for rows in sorted_batches([len(one) for one in ids], rows=ROWS):
             tokens = max(len(ids[row]) for row in rows)
             padded = np.zeros((len(rows), tokens), dtype=np.int64)
             mask = np.zeros_like(padded)
@@ -129,7 +130,8 @@ CONTENDERS = {
         precision="int8",
         needs=("openvino", "tokenizers", "numpy"),
         distributions=("openvino", "tokenizers"),
-        how=f"`nncf.quantize` with its transformer preset; {ROWS} rows sorted by length, an `AsyncInferQueue` with a "
+        how=f"`nncf.quantize` with its transformer preset; {ROWS} rows or {TOKENS} tokens sorted by length, an "
+        "`AsyncInferQueue` with a "
         "stream for each core; the latency hint for one text",
         open=_open,
         prepare=_prepare,
