@@ -135,10 +135,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "quick": any(row["quick"] for row in sessions),
         "disturbed": len(rows) - len(kept),
         "models": {row["model"]: _without(row, "model", "kind", "session") for row in table.of("model", {})},
-        "contenders": {
-            row["contender"]: _without(row, "contender", "model", "kind", "session")
-            for row in table.of("facts", {})
-        },
+        "contenders": _contenders(table),
         "skipped": _skipped(table),
         "wall": [_wall(table, *key) for key in _keys(table, "wall", "model", "cores")],
         "bulk": [_bulk(table, *key) for key in _round_keys(table, "bulk")],
@@ -154,6 +151,20 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
             )
             for key in _keys(table, "fidelity", "model", "contender")
         ],
+    }
+
+
+def _contenders(table: Table) -> dict[str, Row]:
+    """What is known of each contender that has figures; little of one that was never prepared in these runs."""
+    found: dict[str, Row] = {}
+    for kind in ("round", "cold", "memory", "growth", "fidelity"):
+        for row in table.of(kind, {}):
+            name = row["contender"]
+            facts = {"title": name, "precision": name.rpartition("-")[2], "how": "", "versions": {}}
+            found.setdefault(name, {**facts, "installed_mb": 0.0})
+    facts_rows = {row["contender"]: row for row in table.of("facts", {})}
+    return found | {
+        name: _without(row, "contender", "model", "kind", "session") for name, row in facts_rows.items()
     }
 
 

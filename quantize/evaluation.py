@@ -1,7 +1,7 @@
 """Task quality of an embedding model: recall on a retrieval set, Spearman's correlation on a similarity set.
 
 Made to compare a quantized model with its FP32 original on the same set; a set is read from files that the user
-has. Not here: other tasks, other measures, and downloading.
+has. Not here: other measures and tasks (``measures``, ``probes``), and downloading.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +21,17 @@ from qingyu.runtime.embedder import Embedder
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.vectors import unit
 
-__all__ = ["Change", "RetrievalSet", "SimilaritySet", "recall_at", "recall_of", "spearman", "spearman_of"]
+__all__ = [
+    "Change",
+    "RetrievalSet",
+    "SimilaritySet",
+    "name_of",
+    "read_columns",
+    "recall_at",
+    "recall_of",
+    "spearman",
+    "spearman_of",
+]
 
 Doubles = NDArray[np.float64]
 
@@ -51,12 +61,16 @@ class Change:
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Queries, passages, and for each query the positions of its relevant passages, at least one."""
+    """Queries, passages, and for each query the positions of its relevant passages, at least one.
+
+    ``grades`` holds for each query the ``rel`` of its relevant passages, by position; empty: all are 1.
+    """
 
     name: str
     queries: tuple[str, ...]
     corpus: tuple[str, ...]
     relevant: tuple[frozenset[int], ...]
+    grades: tuple[Mapping[int, int], ...] = field(default=(), compare=False)
 
     @classmethod
     def read(cls, folder: Path) -> RetrievalSet:
@@ -69,10 +83,10 @@ class RetrievalSet:
         queries = _read_texts(folder / "queries.jsonl")
         corpus = _read_texts(folder / "corpus.jsonl")
         place = {name: position for position, name in enumerate(corpus)}
-        relevant: dict[str, set[int]] = {name: set() for name in queries}
-        for query, passage in _read_qrels(folder / "qrels.tsv", queries, corpus):
-            relevant[query].add(place[passage])
-        kept = [name for name in queries if relevant[name]]
+        grades: dict[str, dict[int, int]] = {name: {} for name in queries}
+        for query, passage, grade in _read_qrels(folder / "qrels.tsv", queries, corpus):
+            grades[query][place[passage]] = grade
+        kept = [name for name in queries if grades[name]]
         if not kept:
             _refuse(
                 folder / "qrels.tsv", "a relevant passage for at least one query", "none", "Add judgements."
@@ -81,7 +95,8 @@ class RetrievalSet:
             name=folder.resolve().name,
             queries=tuple(queries[name] for name in kept),
             corpus=tuple(corpus.values()),
-            relevant=tuple(frozenset(relevant[name]) for name in kept),
+            relevant=tuple(frozenset(grades[name]) for name in kept),
+            grades=tuple(grades[name] for name in kept),
         )
 
 
@@ -96,17 +111,17 @@ class SimilaritySet:
 
     @classmethod
     def read(cls, path: Path, *, name: str | None = None) -> SimilaritySet:
-        """The pairs of a TSV file with columns sentence1, sentence2 and label in its header line.
+        """The pairs of a TSV file with columns sentence1, sentence2 and label in its header line, or of JSON lines.
 
         ``name`` is by default that of the file's folder and its stem: ``sts-b-zh/dev``. Raises
         ``DataFileError``, also for labels that are all the same, to which nothing can correlate.
         """
-        rows = list(_rows(path, ("sentence1", "sentence2", "label")))
+        rows = list(read_columns(path, ("sentence1", "sentence2", "label")))
         labels = tuple(_label(path, number, cells[2]) for number, cells in rows)
         if len(set(labels)) < 2:
             _refuse(path, "at least two different labels", f"{len(set(labels))}", "Give graded pairs.")
         return cls(
-            name=name or f"{path.resolve().parent.name}/{path.stem}",
+            name=name or name_of(path),
             first=tuple(cells[0] for _, cells in rows),
             second=tuple(cells[1] for _, cells in rows),
             labels=labels,
@@ -215,12 +230,7 @@ def _read_texts(path: Path) -> dict[str, str]:
 
 
 def _id_and_text(path: Path, number: int, line: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, "a JSON object", str(error), line=number)
-    if not isinstance(row, dict):
-        _refuse(path, "a JSON object", type(row).__name__, line=number)
+    row = _object(path, number, line)
     name, text = row.get("id"), row.get("text")
     if isinstance(name, bool) or not isinstance(name, str | int):
         _refuse(path, "a string or whole number as 'id'", _shown(row, "id"), line=number)
@@ -229,12 +239,33 @@ def _id_and_text(path: Path, number: int, line: str) -> tuple[str, str]:
     return str(name), text
 
 
+def _object(path: Path, number: int, line: str) -> Mapping[str, object]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, "a JSON object", str(error), line=number)
+    if not isinstance(row, dict):
+        _refuse(path, "a JSON object", type(row).__name__, line=number)
+    return row
+
+
 def _shown(row: Mapping[str, object], field: str) -> str:
     return repr(row[field])[:80] if field in row else "no such field"
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """The numbered rows of a TSV file, the cells of ``columns`` in their order; blank lines are skipped."""
+def name_of(path: Path) -> str:
+    """A set's name: that of the file's folder, and its stem."""
+    return f"{path.resolve().parent.name}/{path.stem}"
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """The numbered rows of a TSV file with a header line, or of JSON lines, by its name: the cells of ``columns``.
+
+    Blank lines are skipped. Raises ``DataFileError``.
+    """
+    if path.name.endswith((".jsonl", ".ndjson")):
+        yield from _object_cells(path, columns)
+        return
     lines = _lines(path)
     header = next(lines)[1].split("\t")
     if any(header.count(column) != 1 for column in columns):
@@ -249,20 +280,32 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]
         yield number, [cells[place] for place in places]
 
 
+def _object_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        row = _object(path, number, line)
+        for column in columns:
+            value = row.get(column)
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                _refuse(path, f"a string or number as {column!r}", _shown(row, column), line=number)
+        yield number, [str(row[column]) for column in columns]
+
+
 def _read_qrels(
     path: Path, queries: Mapping[str, str], corpus: Mapping[str, str]
-) -> Iterator[tuple[str, str]]:
-    """(query, passage) for each judgement of relevance."""
-    for number, (query, passage, grade) in _rows(path, ("query_id", "doc_id", "rel")):
+) -> Iterator[tuple[str, str, int]]:
+    """(query, passage, grade) for each judgement of relevance."""
+    for number, (query, passage, grade) in read_columns(path, ("query_id", "doc_id", "rel")):
         for name, known, where in ((query, queries, "queries.jsonl"), (passage, corpus, "corpus.jsonl")):
             if name not in known:
                 _refuse(path, f"an id of {where}", repr(name)[:80], line=number)
         try:
-            relevant = int(grade) > 0
+            value = int(grade)
         except ValueError:
             _refuse(path, "a whole number as rel", repr(grade)[:80], line=number)
-        if relevant:
-            yield query, passage
+        if value > 0:
+            yield query, passage, value
 
 
 def _label(path: Path, number: int, cell: str) -> float:

@@ -23,8 +23,12 @@ from qingyu.runtime.spec import ModelSpec, Task
 from qingyu.runtime.task import BUNDLED, OpenOptions, Report, TaskModel, find_model, listed
 from qingyu.runtime.tokenizer import EncodedText, TokenizedText, Tokenizer
 from qingyu.runtime.vectors import cosine, unit
+from qingyu.runtime.windows import is_plain
 
 __all__ = ["BUNDLED", "Block", "Embedder", "Report", "find_model"]
+
+# At most, of a plain character: one for each byte of it, in the vocabularies that have bytes.
+TOKENS_PER_CHARACTER = 3
 
 LongText = Literal["truncate", "error", "mean", "max"]
 _Ready: TypeAlias = Prepared[EncodedText, Floats, Floats]
@@ -81,6 +85,7 @@ class Embedder(TaskModel):
         self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
     ) -> None:
         super().__init__(folder, spec, tokenizer, engine, steps)
+        self._special: dict[str, int] = {}  # prompt -> tokens beside those of a text
         self._batcher = Batcher(
             run=self._pooled,
             workers=self._workers,
@@ -238,6 +243,8 @@ class Embedder(TaskModel):
                 found=f"{limit} tokens and an overlap of {overlap}",
                 remedy=f"{self.spec.name} reads {self.spec.max_tokens} tokens, special ones and the prompt included.",
             )
+        if TOKENS_PER_CHARACTER * len(text) < limit and is_plain(text):
+            return [(0, len(text))]
         whole = count([text])[0]
         if whole is not None and whole <= limit:
             return [(0, len(text))]
@@ -315,7 +322,9 @@ class Embedder(TaskModel):
 
     def _counter(self, prefix: str) -> tuple[Count, int]:
         """What counts the tokens of texts, and how many of them the model reads beside prompt and special ones."""
-        special = len(self._tokenizer.encode([""], prompt=prefix)[0].ids)
+        special = self._special.get(prefix)
+        if special is None:
+            special = self._special[prefix] = len(self._tokenizer.encode([""], prompt=prefix)[0].ids)
 
         def count(parts: Sequence[str]) -> list[int | None]:
             encoded = self._tokenizer.encode(parts, prompt=prefix)

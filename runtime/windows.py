@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from tokenizers import Tokenizer as Backend
 
-__all__ = ["Cut", "Head", "Part", "Rules", "View", "condense", "encode_head", "rules_for"]
+__all__ = ["Cut", "Head", "Part", "Rules", "View", "condense", "encode_head", "is_plain", "rules_for"]
 
 LIMIT = 1 << 15  # characters; the worst windows of that size (emoji in XLM-R) take 0.1 s and 20 MB
 RUN = 64  # a run of blanks shorter than this is not worth shortening
@@ -234,6 +234,12 @@ class UnigramRules:
         return form
 
 
+def is_plain(text: str) -> bool:
+    """Whether no normalizer makes more characters of the text than it has."""
+    return _PLAIN_OR_BLANK.fullmatch(text) is not None
+
+
+_PLAIN_OR_BLANK = re.compile(f"[{PRINTABLE}{HAN}{MARKS} \\n]*")
 _PLAIN = re.compile(f"[{PRINTABLE}{HAN}{MARKS}]+")
 
 

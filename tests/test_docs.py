@@ -70,6 +70,17 @@ def desk(tiny_checkpoint, tiny_model, head_checkpoint, tmp_path):
         "reviews.tsv": ["text\tlabel", *labelled],
         "entities.jsonl": [json.dumps(row, ensure_ascii=False) for row in entities],
     }
+    questions = [json.dumps({"id": n, "text": line}, ensure_ascii=False) for n, line in enumerate(lines[:20])]
+    files |= {
+        "sts.tsv": [
+            "sentence1\tsentence2\tlabel",
+            *(f"{a}\t{b}\t{n % 6}" for n, (a, b) in enumerate(zip(lines, lines[7:], strict=False))),
+        ],
+        "questions/queries.jsonl": questions,
+        "questions/corpus.jsonl": questions,
+        "questions/qrels.tsv": ["query_id\tdoc_id\trel", *(f"{n}\t{n}\t1" for n in range(20))],
+    }
+    (tmp_path / "questions").mkdir()
     for name, content in files.items():
         (tmp_path / name).write_text("\n".join(content) + "\n", encoding="utf-8")
     (tmp_path / "docs").mkdir()

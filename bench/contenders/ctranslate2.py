@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qingyu.bench.contenders.contract import (
+    BATCH,
     Contender,
     Files,
     Opened,
@@ -58,7 +59,8 @@ def _open(files: Files, threads: int) -> Opened:
             lengths = np.array([len(ids[row]) for row in rows])
             vectors[rows] = _pool(states, lengths, files.pooling)
 
-        batches = sorted_batches([len(one) for one in ids])
+        # Few texts are shared out among the workers, too.
+        batches = sorted_batches([len(one) for one in ids], rows=min(BATCH, -(-len(ids) // threads)))
         if len(batches) == 1:
             run(batches[0])
         else:

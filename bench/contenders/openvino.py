@@ -92,7 +92,9 @@ def _open(files: Files, threads: int) -> Opened:
         return lone[0]
 
     def batches(ids: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        for rows in sorted_batches([len(one) for one in ids], rows=ROWS):
+        # Few texts are shared out among the streams, too.
+        most = min(ROWS, -(-len(ids) // threads))
+        for rows in sorted_batches([len(one) for one in ids], rows=most):
             tokens = max(len(ids[row]) for row in rows)
             padded = np.zeros((len(rows), tokens), dtype=np.int64)
             mask = np.zeros_like(padded)

@@ -66,9 +66,8 @@ class Document:
             found = "nothing but blanks" if isinstance(self.text, str) else type(self.text).__name__
             _refuse(f"document {self.id!r} has no text", "a text", found, "Leave it out.")
         try:
-            json.dumps([self.id, self.text, dict(self.fields)], ensure_ascii=False, allow_nan=False).encode(
-                "utf-8"
-            )
+            self.id.encode("utf-8")
+            self._content()
         except (TypeError, ValueError, RecursionError) as error:
             _refuse(
                 f"document {self.id!r} cannot be stored",
@@ -80,8 +79,13 @@ class Document:
     @property
     def digest(self) -> str:
         """32 hex digits that are the same where text and fields are the same."""
-        content = json.dumps([self.text, self.fields], sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(content.encode("ascii")).hexdigest()[:32]
+        return hashlib.sha256(self._content()).hexdigest()[:32]
+
+    def _content(self) -> bytes:
+        """Text and fields as bytes, or an error for what has none."""
+        fields = dict(self.fields)
+        written = json.dumps(fields, ensure_ascii=False, allow_nan=False, sort_keys=True) if fields else ""
+        return b"\0".join((self.text.encode("utf-8"), written.encode("utf-8")))
 
 
 @dataclass(frozen=True)

@@ -50,14 +50,14 @@ LONGEST_VALUE = 64  # characters of a field's value that stand in its index; lon
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece as it is stored: its key, its document, its text and its place there, and the bytes of its vector."""
+    """A piece as it is stored: key, document's id, text and place there, the document's fields as JSON, the vector."""
 
     key: int
     id: str
     text: str
     start: int
     stop: int
-    fields: Mapping[str, Any]
+    fields: str
     vector: bytes
 
 
@@ -150,24 +150,34 @@ class Database:
         """Add or replace facts."""
         self._connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
-    def put(self, documents: Iterable[tuple[EmbeddedDocument, Sequence[bytes]]], words: Words) -> None:
-        """Store documents with the bytes of their vectors; any with the same ids must have been removed."""
-        for one, vectors in documents:
+    def put(self, documents: Sequence[EmbeddedDocument], vectors: Iterable[bytes], words: Words) -> None:
+        """Store documents, and the bytes of all their vectors in order; those with the same ids must be removed first.
+
+        Numbers and keys go on from the largest ever given, as AUTOINCREMENT does, so that rows can be stored in bulk.
+        """
+        number, key = self._last("documents"), self._last("pieces")
+        rows, values, pieces, terms = [], [], [], []
+        stored = iter(vectors)
+        for one in documents:
+            number += 1
             document = one.document
             fields = json.dumps(dict(document.fields), ensure_ascii=False)
-            number = self._connection.execute(
-                "INSERT INTO documents (id, digest, text, fields) VALUES (?, ?, ?, ?)",
-                (document.id, document.digest, document.text, fields),
-            ).lastrowid
-            values = [(name, value, number) for name, value in _indexed(document.fields)]
-            self._connection.executemany("INSERT INTO fields VALUES (?, ?, ?)", values)
-            for span, vector in zip(one.spans, vectors, strict=True):
-                key = self._connection.execute(
-                    "INSERT INTO pieces (document, start, stop, vector) VALUES (?, ?, ?, ?)",
-                    (number, span.start, span.stop, vector),
-                ).lastrowid
-                terms = " ".join(words(document.text[span.start : span.stop]))
-                self._connection.execute("INSERT INTO terms (rowid, words) VALUES (?, ?)", (key, terms))
+            rows.append((number, document.id, document.digest, document.text, fields))
+            values += [(name, value, number) for name, value in _indexed(document.fields)]
+            for span in one.spans:
+                key += 1
+                pieces.append((key, number, span.start, span.stop, next(stored)))
+                terms.append((key, " ".join(words(document.text[span.start : span.stop]))))
+        insert = self._connection.executemany
+        insert("INSERT INTO documents (number, id, digest, text, fields) VALUES (?, ?, ?, ?, ?)", rows)
+        insert("INSERT INTO fields VALUES (?, ?, ?)", values)
+        insert("INSERT INTO pieces (key, document, start, stop, vector) VALUES (?, ?, ?, ?, ?)", pieces)
+        insert("INSERT INTO terms (rowid, words) VALUES (?, ?)", terms)
+
+    def _last(self, table: str) -> int:
+        """The largest number that a row of the table ever had."""
+        row = self._one("SELECT seq FROM sqlite_sequence WHERE name = ?", table)
+        return 0 if row is None else int(row[0])
 
     def remove(self, ids: Collection[str]) -> int:
         """Remove documents; their terms stay until the next compaction, and are found by no search."""
@@ -237,8 +247,7 @@ class Database:
                 *part,
                 *values,
             )
-            for key, name, text, start, stop, fields, vector in rows:
-                found.append(Piece(key, name, text, start, stop, json.loads(fields), vector))
+            found += [Piece(*row) for row in rows]
         return found
 
     def passing(self, where: Filter, *, limit: int) -> list[tuple[int, bytes]]:

@@ -8,6 +8,7 @@ opened afterwards is the last state that was committed, and a piece is in the gr
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -188,7 +189,7 @@ class LocalStore:
         with self._using(to_write=True) as database:
             with database.changing():
                 database.remove([one.document.id for one in documents])
-                database.put(((one, self._bytes(one.vectors)) for one in documents), self._words)
+                database.put(documents, self._bytes(documents), self._words)
             self._seen = -1
             self._tail_length += sum(len(one.spans) for one in documents)
             self._fold_if_long(database)
@@ -369,9 +370,9 @@ class LocalStore:
         while True:
             parts = (_nearest_in(view.graph, row, wanted, width), self._nearest_of(view.tail, query, wanted))
             found = self._scored(query, database.pieces(np.concatenate(parts).tolist(), where))
-            alive = np.array([piece.key for piece, _ in found], dtype=np.int64)
+            alive = {piece.key for piece, _ in found}
             # Each part must give k by itself, or all it has: else the other's worse ones would fill the places.
-            if all(len(keys) < wanted or np.isin(keys, alive).sum() >= k for keys in parts):
+            if all(len(keys) < wanted or len(alive.intersection(keys.tolist())) >= k for keys in parts):
                 return found
             if wanted >= WIDEST:
                 return self._all(database, query, k, where)
@@ -420,8 +421,12 @@ class LocalStore:
 
     # What is written.
 
-    def _bytes(self, vectors: Floats) -> list[bytes]:
-        return [row.tobytes() for row in self._codes.encode(vectors)]
+    def _bytes(self, documents: Sequence[EmbeddedDocument]) -> list[bytes]:
+        if not documents:
+            return []
+        return [
+            row.tobytes() for row in self._codes.encode(np.concatenate([one.vectors for one in documents]))
+        ]
 
     def _check_lengths(self, documents: Sequence[EmbeddedDocument]) -> None:
         if self.precision != "int8" or self._space.metric == "cosine" or not documents:
@@ -539,7 +544,7 @@ def _largest(scores: Floats, count: int) -> Ids:
 
 
 def _hit(piece: Piece, value: float) -> Hit:
-    return Hit(piece.id, value, piece.text, piece.start, piece.stop, piece.fields)
+    return Hit(piece.id, value, piece.text, piece.start, piece.stop, json.loads(piece.fields))
 
 
 def _make_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ character of a run is a term of its own, so that every single character begins a
 
 from __future__ import annotations
 
+import operator
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ def bigrams(text: str) -> Iterator[str]:
         if match["han"] is None:
             yield run
         else:
-            yield from (run[n : n + 2] for n in range(len(run)))
+            yield from map(operator.add, run, run[1:])
+            yield run[-1]
 
 
 def jieba_words(text: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ from qingyu.errors import (
     StoreError,
     VectorSpaceError,
 )
+from qingyu.runtime.search import database as database_module
 from qingyu.runtime.search import graph as graph_module
 from qingyu.runtime.search import local as local_module
 from qingyu.runtime.search.codes import CODES
@@ -285,6 +286,21 @@ def test_searching_goes_on_while_another_thread_writes(tmp_path, monkeypatch):
         for thread in threads:
             thread.join()
     assert not failures
+
+
+def test_a_folder_that_cannot_be_written_is_read_unless_it_was_left_open(tmp_path, monkeypatch):
+    """As on a read-only disk, where SQLite cannot make the files that readers of a log need."""
+    vectors = vectors_of(30)
+    store = LocalStore.create(tmp_path / "kb", space())
+    store.put(documents_of(vectors))
+    monkeypatch.setattr(database_module.os, "access", lambda *_: False)
+    with pytest.raises(StoreError, match="was not closed, and cannot be written"):
+        LocalStore.open(tmp_path / "kb")
+    store.close()
+    before = sorted(path.name for path in (tmp_path / "kb").iterdir())
+    with LocalStore.open(tmp_path / "kb") as reader:
+        assert reader.search(vectors[4], k=1)[0].id == "d4"
+        assert sorted(path.name for path in (tmp_path / "kb").iterdir()) == before
 
 
 def test_there_is_one_writer_and_the_system_frees_its_lock(tmp_path):
