@@ -135,7 +135,15 @@ def _settings(options: argparse.Namespace, pythons: dict[str, str]) -> Settings:
             "option rounds", expected="at least 1", found=str(rounds), remedy="Measure more of them."
         )
     seconds = QUICK_SECONDS if options.quick and options.seconds is None else options.seconds
-    return Settings(tuple(options.workload or default), rounds, cores, options.quick, seconds, pythons)
+    return Settings(
+        tuple(options.workload or default),
+        rounds,
+        cores,
+        options.quick,
+        seconds,
+        options.most_texts,
+        pythons,
+    )
 
 
 def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:

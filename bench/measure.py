@@ -37,13 +37,17 @@ TIMED = ("bulk", "single", "arrivals")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and for how long: ``seconds`` end it after the round under way, ``None`` never."""
+    """What is measured, and for how long: ``seconds`` end it after the round under way, ``None`` never.
+
+    ``most_texts`` bounds the growth of texts.
+    """
 
     workloads: tuple[str, ...]
     rounds: int
     cores: tuple[int, ...]
     quick: bool
     seconds: float | None = None
+    most_texts: int = GROWTH[-1]
     pythons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -201,7 +205,8 @@ class Comparison:
 
     def _growth(self, prepared: Prepared, names: Sequence[str], one: Workload) -> None:
         """More and more texts. A contender that would take too long for the next size is spared it."""
-        sizes = [size for size in GROWTH if size <= (one.quick if self.settings.quick else one.texts)]
+        most = min(self.settings.most_texts, one.quick if self.settings.quick else one.texts)
+        sizes = [size for size in GROWTH if size <= most]
         for name in names:
             if self._late():
                 break

@@ -298,7 +298,7 @@ def _contenders(figures: Figures) -> Iterator[str]:
                 f"`{name}`",
                 facts["how"],
                 ", ".join(f"{package} {number}" for package, number in facts["versions"].items()),
-                f"{facts['installed_mb']:.0f}",
+                f"{facts['installed_mb']:.0f}" if facts["versions"] else "",
             ]
             for name, facts in figures["contenders"].items()
         ],
