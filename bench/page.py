@@ -83,7 +83,8 @@ def _machine(figures: Figures) -> Iterator[str]:
     machine = figures["machine"]
     dates = figures["dates"]
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    yield f"Measured {when} on {machine['cpus']} CPUs of {machine['cpu']} ({' '.join(machine['flags'])}), "
+    flags = " ".join(machine["flags"])
+    yield f"Measured {when} on {machine['cpus']} CPUs of {machine['cpu']} ({flags}),"
     yield f"{machine['system']}, Python {machine['python']}.\n"
     if figures["disturbed"]:
         yield f"{figures['disturbed']} measurements during which others used the machine, too, were left out.\n"
