@@ -84,7 +84,7 @@ def _throughput(pyplot: Any, figures: Figures) -> Any:  # noqa: ANN401
         _bars(axis, contenders, {one: row["tokens_per_second"] for one, row in values.items()})
         _ceiling(axis, figures, rows[0]["cores"])
         axis.set_title(name)
-        axis.set_xlabel("tokens a second; dashed: ceiling of integer products")
+        axis.set_xlabel("tokens a second")
         axis.xaxis.set_major_locator(pyplot.MaxNLocator(5))
         axis.xaxis.set_major_formatter(_thousands)
     return figure

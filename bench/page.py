@@ -14,7 +14,7 @@ Figures = Mapping[str, Any]
 
 # File -> what it shows.
 CHARTS = {
-    "throughput": "Tokens a second by workload",
+    "throughput": "Tokens a second by workload; dashed: the ceiling of integer products",
     "frontier": "Speed against fidelity",
     "latency": "How long one query takes, one at a time",
     "scaling": "Time per text as texts grow in number, and what a second CPU gives",
