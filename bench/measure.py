@@ -31,6 +31,7 @@ REFERENCE = "st-torch-fp32"  # what vectors are compared with
 BASE_OPERATIONS = 25.2e6  # of the model that the workloads' counts are for
 IDLE_SECONDS = 3.0
 GROWTH_SECONDS = 150.0  # what one call may be expected to take before a contender is spared the next size
+PREPARING = 0.45  # of the seconds that there are
 WARM_UP = {"bulk": 10**9, "single": 32, "arrivals": 8}
 TIMED = ("bulk", "single", "arrivals")
 
@@ -77,6 +78,10 @@ class Comparison:
         ready = []
         for name in names:
             seat = self._seat(name, prepared, max(self.settings.cores))
+            has_files = contender(name).prepare is None or seat.files.own.is_dir()
+            if self._late(PREPARING) and not has_files:
+                self._skip(name, prepared, "no time left to prepare it; run it once more, or without --quick")
+                continue
             try:
                 with started([seat]) as (process,):
                     self.say(f"preparing {name} for {prepared.model.name}")
@@ -118,7 +123,7 @@ class Comparison:
                 # Warms up, and is not timed: all texts, for OpenVINO compiles kernels for each new shape.
                 self._ask(process, prepared, one, min(sizes[one.name]["texts"], WARM_UP[one.kind]))
             for number in range(self.settings.rounds):
-                if self._late():
+                if number and self._late():
                     break
                 self.say(f"{prepared.model.name}, round {number + 1} of {self.settings.rounds}")
                 where = {"model": prepared.model.name, "round": number}
@@ -290,9 +295,9 @@ class Comparison:
         count = self._count(one, prepared)
         return {"texts": count, "tokens": sum(_token_counts(prepared, self.texts[one.name])[:count])}
 
-    def _late(self) -> bool:
+    def _late(self, share: float = 1.0) -> bool:
         limit = self.settings.seconds
-        return limit is not None and time.perf_counter() - self._begun > limit
+        return limit is not None and time.perf_counter() - self._begun > share * limit
 
 
 def _token_counts(prepared: Prepared, texts: Path) -> list[int]:

@@ -30,8 +30,8 @@ in turn round by round. A program writes this page from [benchmarks.json](benchm
 
 ```bash
 pip install "qingyu[bench]"
-python -m qingyu.bench compare --quick                # the main figures, in under five minutes
-python -m qingyu.bench compare --out bench-out        # everything; can be split with --model and --workload
+python -m qingyu.bench compare --quick           # the main figures, in under five minutes
+python -m qingyu.bench compare --out bench-out   # everything; can be split with --model and --workload
 python -m qingyu.bench compare --out bench-out --only report
 ```
 

@@ -60,14 +60,15 @@ FAKES = """
         import numpy
         return Opened(lambda texts: numpy.zeros((1, 2)))
 
-    def one(name, opens, needs=("numpy",)):
-        return Contender(name, name, "int8", needs, ("numpy",), "made up", opens)
+    def one(name, opens, needs=("numpy",), prepare=None):
+        return Contender(name, name, "int8", needs, ("numpy",), "made up", opens, prepare)
 
     CONTENDERS = {
         "steady": one("steady", open_model),
         "broken": one("broken", broken),
         "deadly": one("deadly", deadly),
         "short": one("short", short),
+        "prepared": one("prepared", open_model, prepare=lambda files: files.own.mkdir()),
         "absent": one("absent", open_model, ("no_such_package",)),
     }
 """
@@ -166,6 +167,17 @@ def test_what_others_use_of_the_machine_is_noted_and_what_the_process_uses_is_no
         mine, its = load.since(), other.since()
         assert mine["own"] > its["own"] == 0
         assert its["foreign"] > mine["foreign"]
+
+
+def test_a_quick_run_leaves_out_what_it_has_no_time_to_prepare_but_measures_a_round(fakes, tmp_path, capsys):
+    names = [fakes + "steady", fakes + "prepared"]
+    arguments = ["--out", str(tmp_path), "--model", "qingyu-mini-zh", "--contender", *names, "--quick"]
+    assert compare.main([*arguments, "--workload", "short", "--seconds", "0"]) == 0
+    rows = read_rows([tmp_path / compare.ROWS])
+    skipped = [(row["contender"], row["reason"]) for row in rows if row["kind"] == "skipped"]
+    assert skipped == [(names[1], "no time left to prepare it; run it once more, or without --quick")]
+    assert [(row["contender"], row["round"]) for row in rows if row["kind"] == "round"] == [(names[0], 0)]
+    capsys.readouterr()
 
 
 def state(process) -> str:
