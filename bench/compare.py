@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rounds", type=int, help=f"(default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
     found.add_argument("--seconds", type=float, help="begin no further round after so long")
     found.add_argument(
+        "--most-texts", type=int, default=GROWTH[-1], metavar="N", help="of growth (default: %(default)s)"
+    )
+    found.add_argument(
         "--texts", type=Path, metavar="FILE", help="lines of SOURCE TAB TEXT, or of text; or .gz"
     )
     found.add_argument(
