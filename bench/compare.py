@@ -24,7 +24,7 @@ from qingyu.bench.measure import Comparison, Settings
 from qingyu.bench.prepare import MODELS, model, prepare_model, write_texts
 from qingyu.bench.records import Session, read_rows
 from qingyu.bench.seats import check_cores
-from qingyu.bench.workloads import WORKLOADS, workload
+from qingyu.bench.workloads import GROWTH, WORKLOADS, workload
 from qingyu.errors import InvalidOptionError, OperatorError, QingyuError
 from qingyu.runtime.cpu import available_cpus
 
