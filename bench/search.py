@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -207,7 +208,8 @@ ONE_WIDTH = {"milvus-lite"}
 
 def _build(name: str, work: Path) -> dict[str, Any]:
     folder = work / name
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what a build that was broken off left
+    folder.mkdir()
     vectors: Floats = np.load(work / "vectors.npy", mmap_mode="r")
     wall, cpu = time.perf_counter(), time.process_time()
     CONTENDERS[name].build(vectors, folder)

@@ -298,11 +298,11 @@ def environment_rows(facts: Environment) -> list[tuple[str, str]]:
     ]
 
 
-def environment() -> Environment:
-    """What figures measured in this process are measured with."""
-    packages = ("onnxruntime", "tokenizers", "numpy")
+def environment(engine: str = "onnxruntime") -> Environment:
+    """What figures measured in this process, by this engine, are measured with."""
+    packages = (engine, "tokenizers", "numpy")
     return Environment(
-        engine="onnxruntime",
+        engine=engine,
         versions={"qingyu": __version__, **{package: version(package) for package in packages}},
         python=platform.python_version(),
         machine=platform.machine(),

@@ -16,6 +16,7 @@ from qingyu.quantize.certificate import (
     Texts,
     check_same_model,
     compare,
+    environment,
     text_cosines,
 )
 from qingyu.quantize.evaluation import Change, RetrievalSet, SimilaritySet, recall_of, spearman_of
@@ -83,6 +84,7 @@ class Reference:
                 self._spearman_change(candidate, *correlation) for correlation in self.correlations
             ),
             size=_size(self.embedder, candidate),
+            environment=environment(candidate.engine),
         )
         if rounds:
             sample = speed_sample(self.texts, self.tokens)
@@ -100,5 +102,5 @@ class Reference:
 
 
 def _size(reference: Embedder, candidate: Embedder) -> Size:
-    was, now = (embedder.spec.files[embedder.spec.graph] for embedder in (reference, candidate))
+    was, now = (embedder.spec.files[embedder.running_spec.graph] for embedder in (reference, candidate))
     return Size(was.bytes, now.bytes, was.sha256)

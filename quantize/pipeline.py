@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qingyu.quantize.recipes import Recipe
     from qingyu.quantize.report import PassedOver
     from qingyu.quantize.statistics import Statistics
+    from qingyu.runtime.engines import EngineName
 
 __all__ = ["AUTO", "FALLBACK", "Gate", "Outcome", "PreparedSource", "quantize", "verify"]
 
@@ -77,6 +78,7 @@ def quantize(
     smoothing: float | None = None,
     edge: bool = False,
     fallback: bool = False,
+    openvino: bool = False,
     report: Path | None = None,
     speed_rounds: int = 5,
     overwrite: bool = False,
@@ -88,12 +90,15 @@ def quantize(
     at last with the most sensitive layers left in FP32. ``texts`` are measured on, ``calibration`` sets scales; both
     are the built-in sample unless given. ``weight_bits=7`` is for CPUs without VNNI. ``edge`` adds a memory-mapped
     file for the profile of that name, ``fallback`` the FP32 graph for machines that fail the self-check.
+    ``openvino`` adds a file for the engine of that name, which passes the same gate and has its own certificate.
     ``report`` is an HTML file, written also for a model that is refused. ``speed_rounds=0`` leaves out the speed.
 
     ``output`` appears whole or not at all and ``model`` is not touched. Raises ``FidelityError`` when the gate is
     missed, ``MissingExtraError``, ``InputError``, ``UnsupportedModelError``, ``CorruptFileError``, ``OutputError``.
     """
     require("quantize", "onnx")
+    if openvino:
+        require("openvino", "openvino")
     from qingyu.models.export.folder import check_output, new_folder
     from qingyu.quantize.fidelity import Reference
     from qingyu.runtime.embedder import Embedder
@@ -111,6 +116,10 @@ def quantize(
         if accepted is None:
             raise trial.refusal()
         spec = _finish(folder, source, reference, accepted, edge=edge, fallback=fallback)
+        if openvino:
+            from qingyu.quantize.openvino import write_openvino
+
+            spec = write_openvino(folder, spec, source, reference, trial.gate, rounds=speed_rounds)
     return Outcome(spec, accepted.measured, tuple(trial.passed_over))
 
 
@@ -121,18 +130,20 @@ def verify(
     *,
     retrieval: Sequence[RetrievalSet] = (),
     similarity: Sequence[SimilaritySet] = (),
+    engine: EngineName = "onnxruntime",
     speed_rounds: int = 5,
     progress: bool = False,
 ) -> Measured:
     """The certificate of a quantized folder against its FP32 folder, computed anew on this machine.
 
-    Raises ``MismatchError`` when they are not of the same model, ``InputError`` for texts that tell nothing.
+    ``engine`` runs the quantized one. Raises ``MismatchError`` when they are not of the same model, ``InputError`` for
+    texts that tell nothing.
     """
     from qingyu.quantize.fidelity import Reference
     from qingyu.runtime.embedder import Embedder
 
     checked = checked_texts(texts, least=2)
-    with Embedder.open(reference) as fp32, Embedder.open(candidate) as quantized:
+    with Embedder.open(reference) as fp32, Embedder.open(candidate, engine=engine) as quantized:
         from qingyu.quantize.certificate import check_same_model
 
         check_same_model(fp32.spec, quantized.spec)
@@ -218,6 +229,7 @@ class PreparedSource:
             float_layers=keep_float,
             golden=None,
             edge=None,
+            openvino=None,
         )
         return write_manifest(folder, draft)
 

@@ -25,14 +25,15 @@ from qingyu.models.export.graph import (
 from qingyu.quantize.folding import Folded, smooth, smooth_activations, without_spare_biases
 from qingyu.quantize.inputs import Input, input_of, linear_names
 from qingyu.quantize.integer import FLOORS, MICROSOFT, IntegerLinear, Scale
-from qingyu.quantize.ranges import CALIBRATIONS, Calibration
+from qingyu.quantize.marked import MarkedLinear
+from qingyu.quantize.ranges import CALIBRATIONS, Calibration, Range
 from qingyu.quantize.statistics import Statistics
 from qingyu.quantize.weights_only import BlockLinear, HalfLinear
 from qingyu.runtime.spec import Precision
 
-__all__ = ["AUTO", "RECIPES", "Recipe", "recipe_named", "write_quantized"]
+__all__ = ["AUTO", "RECIPES", "STATIC", "Recipe", "recipe_named", "write_quantized"]
 
-Products = Literal["integer", "blocks", "halves"]
+Products = Literal["integer", "marked", "blocks", "halves"]
 
 ROW: Mapping[Input, Scale] = {
     "attention": "row",
@@ -177,13 +178,14 @@ def write_quantized(
             remedy="Collect them with qingyu.quantize.statistics.collect.",
         )
     folded = Folded(dict(weights), dict(statistics or {}))
-    if recipe.products == "integer":
+    if recipe.products in ("integer", "marked"):
         if strength:
             folded = smooth(plan, folded, strength=strength)
             folded = smooth_activations(folded, _wide(recipe, plan, keep_float), strength=strength)
         folded = without_spare_biases(plan, folded)
     writer = _Partly(WRITERS[recipe.products](recipe, plan, folded, bits), frozenset(keep_float))
-    return write_graph(plan, folded.weights, writer, domains=(MICROSOFT,))
+    domains = () if recipe.products == "marked" else (MICROSOFT,)
+    return write_graph(plan, folded.weights, writer, domains=domains)
 
 
 def _wide(recipe: Recipe, plan: GraphPlan, keep_float: Collection[str]) -> list[str]:
@@ -193,25 +195,33 @@ def _wide(recipe: Recipe, plan: GraphPlan, keep_float: Collection[str]) -> list[
 
 
 def _integer(recipe: Recipe, plan: GraphPlan, folded: Folded, bits: int) -> LinearWriter[Any]:
-    find = cache(
-        CALIBRATIONS[recipe.calibration]
-    )  # by identity: layers that share an input share its statistics
-    ranges = {
-        name: find(found)
-        for name, found in folded.statistics.items()
-        if recipe.scales[input_of(name)] == "static"
-    }
     floor = FLOORS.get(plan.architecture.activation)
     head = plan.task_head
     return IntegerLinear(
         recipe.scales,
-        ranges=ranges,
+        ranges=_ranges(recipe, folded),
         divisors=folded.divisors,
         floor=floor,
         weight_bits=bits,
         table_bits={WORDS: bits} if head is not None and head.tied else {},
         narrow=narrow_names(plan),
     )
+
+
+def _ranges(recipe: Recipe, folded: Folded) -> dict[str, Range]:
+    """The range of each input that has a fixed scale, by the name of a linear layer."""
+    find = cache(
+        CALIBRATIONS[recipe.calibration]
+    )  # by identity: layers that share an input share its statistics
+    return {
+        name: find(found)
+        for name, found in folded.statistics.items()
+        if recipe.scales[input_of(name)] == "static"
+    }
+
+
+def _marked(recipe: Recipe, plan: GraphPlan, folded: Folded, bits: int) -> LinearWriter[Any]:
+    return MarkedLinear(_ranges(recipe, folded), divisors=folded.divisors, weight_bits=bits)
 
 
 def _blocks(recipe: Recipe, plan: GraphPlan, folded: Folded, bits: int) -> LinearWriter[Any]:
@@ -225,6 +235,7 @@ def _halves(recipe: Recipe, plan: GraphPlan, folded: Folded, bits: int) -> Linea
 
 WRITERS: Mapping[Products, Callable[[Recipe, GraphPlan, Folded, int], LinearWriter[Any]]] = {
     "integer": _integer,
+    "marked": _marked,
     "blocks": _blocks,
     "halves": _halves,
 }

@@ -13,9 +13,10 @@ import numpy as np
 from qingyu.errors import InvalidOptionError, TextTooLongError
 from qingyu.runtime.batching import Batcher, Prepared, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.engines import EngineName
+from qingyu.runtime.graph_engine import Profile
 from qingyu.runtime.long_text import Count, pieces, spans
 from qingyu.runtime.memory import Plan
-from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.progress import progress_bar
 from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine
@@ -80,6 +81,7 @@ class Embedder(TaskModel):
     """
 
     TASK: ClassVar[Task] = "embedding"
+    RUNS_OPENVINO: ClassVar[bool] = True
 
     def __init__(
         self, folder: Path, spec: ModelSpec, tokenizer: Tokenizer, engine: CheckedEngine, steps: Plan
@@ -106,6 +108,7 @@ class Embedder(TaskModel):
         unicode_form: Literal["NFKC"] | None = None,
         script: Script | None = None,
         self_check: bool = True,
+        engine: EngineName = "auto",
     ) -> Embedder:
         """An embedder for a model folder or a bundle (the model in the package if none is named).
 
@@ -120,15 +123,20 @@ class Embedder(TaskModel):
         Chinese in that script, whatever it is written in (extra ``opencc``); the reference does neither.
         ``self_check=False`` trusts this machine's arithmetic: else the model's golden texts are embedded before the
         first vector on a machine, which takes milliseconds, and ``KernelError`` raised or, where the folder has an
-        FP32 graph too, ``FallbackWarning`` issued when their vectors are wrong.
+        FP32 graph too, ``FallbackWarning`` issued when their vectors are wrong. ``engine``: "onnxruntime"; "openvino",
+        for folders made with ``qingyu quantize --openvino``; or "auto", which takes OpenVINO where it is installed and
+        was measured faster on a CPU like this one (see ``qingyu.runtime.engines``).
 
         Raises ``ModelNotFoundError``, ``ManifestError``, ``CorruptFileError``, ``TokenizerError``,
         ``GraphError``, ``InvalidOptionError``, ``MissingExtraError`` or ``MemoryBudgetError``,
-        ``UnsupportedModelError`` for a model of another task, and for a bundle ``BundleError``, too.
+        ``UnsupportedModelError`` for a model of another task or without a file for the engine asked for, and for a
+        bundle ``BundleError``, too.
         """
         return cls._opened(
             name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, script),
+            OpenOptions(
+                profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, script, engine
+            ),
         )
 
     @property

@@ -25,8 +25,9 @@ from qingyu.errors import (
 )
 from qingyu.runtime.batching import ItemBatcher, Prepared, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.engines import EngineName
+from qingyu.runtime.graph_engine import Profile
 from qingyu.runtime.memory import Plan
-from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.scores import log_softmax
 from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine
@@ -195,12 +196,15 @@ class FillMask(TaskModel):
         unicode_form: Literal["NFKC"] | None = None,
         script: Script | None = None,
         self_check: bool = True,
+        engine: EngineName = "auto",
     ) -> FillMask:
         """The model of a folder that was exported for fill-mask; options and errors are those of ``Embedder.open``.
 
         ``UnsupportedModelError`` for a model folder of another task.
         """
-        options = OpenOptions(profile, threads, max_memory_mb, "parse", unicode_form, self_check, script)
+        options = OpenOptions(
+            profile, threads, max_memory_mb, "parse", unicode_form, self_check, script, engine
+        )
         return cls._opened(name_or_folder, options)
 
     def fill(

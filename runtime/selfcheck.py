@@ -34,8 +34,8 @@ import numpy as np
 from qingyu.errors import FallbackWarning, GraphError, KernelError, UnsafeFolderError
 from qingyu.runtime.cpu import cpu_flags, cpu_model
 from qingyu.runtime.engine import Floats, TokenBatch
+from qingyu.runtime.graph_engine import GraphEngine, Settings
 from qingyu.runtime.home import distrusted, own_folder, qingyu_home
-from qingyu.runtime.onnxruntime_engine import OnnxRuntimeEngine, Settings, import_onnxruntime
 from qingyu.runtime.spec import Golden, ModelSpec, decode_vector
 from qingyu.runtime.tokenizer import Tokenizer
 
@@ -69,7 +69,7 @@ class CheckedEngine:
     check where none was finished. ``enabled=False`` leaves the check to ``self_check``.
     """
 
-    def __init__(self, engine: OnnxRuntimeEngine, tokenizer: Tokenizer, *, enabled: bool = True) -> None:
+    def __init__(self, engine: GraphEngine, tokenizer: Tokenizer, *, enabled: bool = True) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._always = not enabled or engine.spec.golden is None
@@ -89,6 +89,11 @@ class CheckedEngine:
         return self._engine.settings
 
     @property
+    def library(self) -> str:
+        """The library that runs the graph."""
+        return self._engine.library
+
+    @property
     def workers(self) -> int:
         """How many threads should call ``run`` at once."""
         return self._engine.workers
@@ -96,13 +101,13 @@ class CheckedEngine:
     def open(self) -> None:
         """Load the graph and check the machine now, if that has not been done.
 
-        Raises ``KernelError`` and what ``OnnxRuntimeEngine.open`` raises; ``FallbackWarning`` when the model's FP32
+        Raises ``KernelError`` and what ``GraphEngine.open`` raises; ``FallbackWarning`` when the model's FP32
         graph takes over.
         """
         self._checked().open()
 
     def run(self, batch: TokenBatch, outputs: Sequence[str]) -> list[Floats]:
-        """The named outputs for one micro-batch; raises what ``open`` and ``OnnxRuntimeEngine.run`` raise."""
+        """The named outputs for one micro-batch; raises what ``open`` and ``GraphEngine.run`` raise."""
         return self._checked().run(batch, outputs)
 
     def probe(self, batch: TokenBatch) -> Floats:
@@ -117,7 +122,7 @@ class CheckedEngine:
     def self_check(self) -> SelfCheck:
         """Check now, whatever is remembered, and raise nothing for a failure; the next ``run`` will.
 
-        Raises what ``OnnxRuntimeEngine.open`` raises.
+        Raises what ``GraphEngine.open`` raises.
         """
         golden = self._engine.spec.golden
         if golden is None:
@@ -129,7 +134,7 @@ class CheckedEngine:
                 return dataclasses.replace(found, result="fallback")
             return found
 
-    def _checked(self) -> OnnxRuntimeEngine:
+    def _checked(self) -> GraphEngine:
         if not self._trusted:
             with self._lock:
                 if not self._trusted:
@@ -175,23 +180,23 @@ class CheckedEngine:
         # Not closed: after a failed ``self_check`` other threads may be in it; the last to leave frees it.
         self._engine, self._fallen_back = other, True
 
-    def _recall_or_examine(self, engine: OnnxRuntimeEngine, golden: Golden) -> SelfCheck:
+    def _recall_or_examine(self, engine: GraphEngine, golden: Golden) -> SelfCheck:
         engine.open()
-        memo = _Memo.of(engine.spec, engine.file)
+        memo = _Memo.of(engine)
         if memo is not None and memo.passed():
             return SelfCheck("passed", least_cosine=golden.least_cosine)
         return self._examine(engine, golden)
 
-    def _examine(self, engine: OnnxRuntimeEngine, golden: Golden) -> SelfCheck:
+    def _examine(self, engine: GraphEngine, golden: Golden) -> SelfCheck:
         engine.open()
         found = _compare(engine, self._tokenizer, golden)
-        memo = _Memo.of(engine.spec, engine.file)
+        memo = _Memo.of(engine)
         if memo is not None:
             memo.write(found)
         return found
 
 
-def _compare(engine: OnnxRuntimeEngine, tokenizer: Tokenizer, golden: Golden) -> SelfCheck:
+def _compare(engine: GraphEngine, tokenizer: Tokenizer, golden: Golden) -> SelfCheck:
     """Each text run alone, so that what is compared does not depend on a recipe's treatment of batches."""
     start = time.perf_counter()
     cosines = tuple(
@@ -203,7 +208,7 @@ def _compare(engine: OnnxRuntimeEngine, tokenizer: Tokenizer, golden: Golden) ->
     return SelfCheck("passed" if passed else "failed", cosines, golden.least_cosine, seconds)
 
 
-def probe(engine: OnnxRuntimeEngine, batch: TokenBatch) -> Floats:
+def probe(engine: GraphEngine, batch: TokenBatch) -> Floats:
     """What a model is known by, float32 (rows, dim): its vectors, or the first token's states in models with a head."""
     for whole in ("pooled", "chosen_states"):  # of a graph with masks the first token's, as none is chosen
         if whole in engine.spec.outputs:
@@ -211,7 +216,7 @@ def probe(engine: OnnxRuntimeEngine, batch: TokenBatch) -> Floats:
     return np.ascontiguousarray(engine.run(batch, ("token_states",))[0][:, 0])
 
 
-def _cosine(engine: OnnxRuntimeEngine, tokenizer: Tokenizer, text: str, golden: Sequence[float]) -> float:
+def _cosine(engine: GraphEngine, tokenizer: Tokenizer, text: str, golden: Sequence[float]) -> float:
     batch = TokenBatch.pad([tokenizer.encode([text])[0].ids], tokenizer.pad_id)
     try:
         pooled = probe(engine, batch)[0].astype(np.float64)
@@ -222,15 +227,14 @@ def _cosine(engine: OnnxRuntimeEngine, tokenizer: Tokenizer, text: str, golden: 
     return float(pooled @ expected) / lengths if lengths > 0 else math.nan
 
 
-def _kernel_error(engine: OnnxRuntimeEngine, found: SelfCheck) -> KernelError:
+def _kernel_error(engine: GraphEngine, found: SelfCheck) -> KernelError:
     """What the golden texts gave, on which CPU: what a report of the fault needs."""
     least = min(found.cosines, key=lambda cosine: -math.inf if math.isnan(cosine) else cosine)
-    flags = " ".join(cpu_flags()) or "unknown"
-    version = import_onnxruntime().__version__
+    flags, cpu = " ".join(cpu_flags()) or "unknown", cpu_model() or "an unknown CPU"
     return KernelError(
         f"this machine computes wrong vectors with {engine.folder / engine.file}",
         expected=f"cosine of at least {found.least_cosine:.6f} with each golden vector",
-        found=f"{least:.6f} with onnxruntime {version} on {cpu_model() or 'an unknown CPU'}, flags {flags}",
+        found=f"{least:.6f} with {engine.library} {engine.version()} on {cpu}, flags {flags}",
         remedy="Use the FP32 model or another version of onnxruntime, and see what `qingyu doctor` says.",
     )
 
@@ -243,12 +247,12 @@ class _Memo:
     facts: Mapping[str, Any]
 
     @classmethod
-    def of(cls, spec: ModelSpec, file: str) -> _Memo | None:
+    def of(cls, engine: GraphEngine) -> _Memo | None:
         """The memo of one graph file on this machine; ``None`` where there is no home of ours to keep it in."""
         folder = qingyu_home() / "selfcheck"
         if not folder.is_absolute() or distrusted(qingyu_home(), "selfcheck"):
             return None
-        facts = _facts(spec, file)
+        facts = _facts(engine)
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "replace")).hexdigest()
         return cls(folder / f"{digest}.json", facts)
 
@@ -289,19 +293,20 @@ def _beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _facts(spec: ModelSpec, file: str) -> dict[str, Any]:
+def _facts(engine: GraphEngine) -> dict[str, Any]:
     """All that may change a vector: the machine, the libraries, the files, and what is expected of them."""
     import tokenizers
 
     from qingyu import __version__
 
+    spec, file = engine.spec, engine.file
     golden = json.dumps(dataclasses.asdict(spec.golden), sort_keys=True) if spec.golden is not None else ""
     return {
         "machine": os.uname().machine if hasattr(os, "uname") else "",
         "cpu": cpu_model(),
         "flags": list(cpu_flags()),
         "qingyu": __version__,
-        "onnxruntime": import_onnxruntime().__version__,
+        engine.library: engine.version(),
         "numpy": np.__version__,
         "tokenizers": tokenizers.__version__,
         "file": file,

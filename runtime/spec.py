@@ -29,6 +29,7 @@ __all__ = [
     "FileRecord",
     "Golden",
     "ModelSpec",
+    "OpenVinoFile",
     "ScoreFunction",
     "Source",
     "Task",
@@ -105,6 +106,21 @@ class EdgeFile:
 
 
 @dataclass(frozen=True)
+class OpenVinoFile:
+    """The same model quantized for OpenVINO.
+
+    ``least_cosine`` is what ``Golden`` has for the other graph, ``certificate`` this file measured against FP32, and
+    ``speed`` how many times as fast it was as the other graph, texts to vectors, in one interleaved run on the CPU that
+    the certificate names; ``None`` is not measured.
+    """
+
+    file: str
+    least_cosine: float
+    certificate: Mapping[str, Any] | None = None
+    speed: float | None = None
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One model folder, described.
 
@@ -119,7 +135,7 @@ class ModelSpec:
     ``files`` names every file that may be read. ``certificate`` is INT8 measured against FP32, as JSON.
     ``weight_bits`` is the width of quantized weights, ``float_layers`` names the linear layers that stayed FP32.
     ``golden`` are texts to test a machine with, ``fallback`` names an FP32 graph for machines that fail, and ``edge``
-    the file for the profile of that name.
+    the file for the profile of that name; ``openvino`` the file for the engine of that name.
     """
 
     name: str
@@ -145,6 +161,7 @@ class ModelSpec:
     golden: Golden | None = None
     fallback: str | None = None
     edge: EdgeFile | None = None
+    openvino: OpenVinoFile | None = None
     labels: tuple[str, ...] = ()
     scores: ScoreFunction = "softmax"
 
@@ -218,8 +235,10 @@ def read_spec(folder: Path) -> ModelSpec:
             found=f"{path.stat().st_size} bytes",
             remedy="Export the model again.",
         )
+    with _reading(path):
+        data = path.read_bytes()
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ManifestError(
             f"{path} is not text", expected="UTF-8", found=str(error), remedy="Export the model again."
@@ -460,6 +479,12 @@ def _check(spec: ModelSpec, origin: str) -> None:
         _check_golden(spec.golden, spec.dim, origin)
     if spec.edge is not None:
         _check_edge(spec.edge, origin)
+    if spec.openvino is not None:
+        low, high = LEAST_COSINES
+        least = spec.openvino.least_cosine
+        _expect(
+            low <= least <= high, least, f"a number from {low} to {high}", origin, "openvino.least_cosine"
+        )
 
 
 def _check_golden(golden: Golden, dim: int, origin: str) -> None:
@@ -544,6 +569,7 @@ def _check_files(spec: ModelSpec, origin: str) -> None:
         _expect(record.bytes >= 0, record.bytes, "a size in bytes", origin, f"files.{name}.bytes")
         hexadecimal = re.fullmatch(r"[0-9a-f]{64}", record.sha256) is not None
         _expect(hexadecimal, record.sha256, "64 hexadecimal digits", origin, f"files.{name}.sha256")
-    named = [spec.graph, "tokenizer.json", spec.fallback, None if spec.edge is None else spec.edge.file]
+    named = [spec.graph, "tokenizer.json", spec.fallback]
+    named += [None if other is None else other.file for other in (spec.edge, spec.openvino)]
     for name in (name for name in named if name is not None):
         _expect(name in spec.files, sorted(spec.files), f"a record of {name}", origin, "files")

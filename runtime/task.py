@@ -26,9 +26,10 @@ from qingyu.errors import (
 )
 from qingyu.runtime.batching import Batcher, ItemBatcher, Workers, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.engines import EngineName, check_engine, choose_engine
+from qingyu.runtime.graph_engine import PROFILES, Profile
 from qingyu.runtime.home import check_home, qingyu_home
 from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
-from qingyu.runtime.onnxruntime_engine import PROFILES, OnnxRuntimeEngine, Profile
 from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
@@ -175,6 +176,7 @@ class OpenOptions:
     unicode_form: Literal["NFKC"] | None = None
     self_check: bool = True
     script: Script | None = None
+    engine: EngineName = "auto"
 
     def check(self) -> None:
         """Raise ``InvalidOptionError`` for what no model can be opened with."""
@@ -192,6 +194,7 @@ class OpenOptions:
                     found=repr(value),
                     remedy="Use one of them.",
                 )
+        check_engine(self.engine, profile=self.profile, max_memory_mb=self.max_memory_mb)
         if self.max_memory_mb is not None and self.max_memory_mb < 1:
             raise InvalidOptionError(
                 "max_memory_mb",
@@ -213,6 +216,7 @@ class TaskModel:
     """
 
     TASK: ClassVar[Task]
+    RUNS_OPENVINO: ClassVar[bool] = False
     _batcher: Batcher | ItemBatcher[Any, Any]
 
     def __init__(
@@ -242,8 +246,15 @@ class TaskModel:
             script=options.script,
         )
         tuned = options.tuning(spec)
-        threads = options.threads if tuned is None else tuned.threads
-        runner = OnnxRuntimeEngine(folder, spec, profile=options.profile, threads=threads)
+        runner = choose_engine(
+            folder,
+            spec,
+            engine=options.engine,
+            profile=options.profile,
+            threads=options.threads if tuned is None else tuned.threads,
+            max_memory_mb=options.max_memory_mb,
+            runs_openvino=cls.RUNS_OPENVINO,
+        )
         engine = CheckedEngine(runner, tokenizer.as_written(), enabled=options.self_check)
         budget = engine.settings.token_budget if tuned is None else tuned.token_budget
         model = cls(folder, spec, tokenizer, engine, _plan(engine, spec, budget, options.max_memory_mb))
@@ -308,6 +319,11 @@ class TaskModel:
         """The manifest of what runs: of the FP32 graph, where the self-check made it take over."""
         return self._engine.spec
 
+    @property
+    def engine(self) -> str:
+        """What runs the model: "onnxruntime" or "openvino"."""
+        return self._engine.library
+
     def close(self) -> None:
         """Wait for runs under way and free the graph; later calls raise ``ClosedError``."""
         self._workers.close()
@@ -351,6 +367,7 @@ class TextModel(TaskModel):
         unicode_form: Literal["NFKC"] | None = None,
         script: Script | None = None,
         self_check: bool = True,
+        engine: EngineName = "auto",
     ) -> T:
         """The model of a folder that was exported for this class.
 
@@ -358,7 +375,9 @@ class TextModel(TaskModel):
         """
         return cls._opened(
             name_or_folder,
-            OpenOptions(profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, script),
+            OpenOptions(
+                profile, threads, max_memory_mb, special_tokens, unicode_form, self_check, script, engine
+            ),
         )
 
     def _token_windows(

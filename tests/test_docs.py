@@ -16,6 +16,7 @@ from qingyu.__main__ import COMMANDS
 TRAINING = ("torch", "transformers", "sentence_transformers", "peft", "datasets", "accelerate")
 # What a command looks like that needs packages beyond the usual test environment, and which.
 NEEDED = {
+    r"milvus\+": ("pymilvus", "milvus_lite"),
     "^qingyu adapt (contrast|classify|tag|distil)": TRAINING,
     "--script": ("opencc",),
     "--ray ": ("ray",),

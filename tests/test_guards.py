@@ -93,9 +93,12 @@ def inside(name: str, allowed: tuple[str, ...]) -> bool:
 
 # Folder -> what of ours it may import besides itself. "qingyu" alone is the package, for its __version__.
 ALLOWED = {
+    "qingyu.runtime.stores": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
+    "qingyu.runtime.integrations": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime.bulk": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
     "qingyu.runtime.serve": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime.search": ("qingyu.errors", "qingyu.runtime", "qingyu.models.extras"),
+    "qingyu.runtime.openvino": ("qingyu.errors", "qingyu.runtime"),
     "qingyu.runtime": ("qingyu.errors",),
     "qingyu.models.adapt": (
         "qingyu.errors",
@@ -168,7 +171,14 @@ def third_party(found: set[str]) -> set[str]:
 
 
 # Subpackages of the runtime with an extra of their own: what they alone may import, in functions only.
-EXTRAS = {"qingyu.runtime.search": {"usearch", "jieba"}, "qingyu.runtime.bulk": {"ray", "pyarrow"}}
+EXTRAS = {
+    "qingyu.runtime.search": {"usearch", "jieba"},
+    "qingyu.runtime.bulk": {"ray", "pyarrow"},
+    "qingyu.runtime.openvino": {"openvino"},
+    "qingyu.runtime.stores.milvus": {"pymilvus", "grpc"},
+    "qingyu.runtime.stores.qdrant": {"qdrant_client", "httpx"},
+    "qingyu.runtime.stores": set(),
+}
 
 
 @pytest.mark.parametrize("subpackage", sorted(EXTRAS))
@@ -182,6 +192,33 @@ def test_a_subpackage_with_an_extra_imports_it_in_functions_only(module):
     extra = next(packages for name, packages in EXTRAS.items() if inside(module, (name,)))
     assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | extra
     assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"}
+
+
+# Classes that other libraries ask for must have those libraries' own as their base, so these modules load them at once,
+# after the door of their extra, and nothing else of ours loads these modules.
+INTEGRATIONS = {
+    "qingyu.runtime.integrations.langchain": {"langchain_core"},
+    "qingyu.runtime.integrations.llama_index": {"llama_index"},
+    "qingyu.runtime.integrations.mteb": {"mteb"},
+    "qingyu.runtime.integrations.sentence_transformers": {"torch"},
+    "qingyu.runtime.integrations.common": set(),
+    "qingyu.runtime.integrations": set(),
+}
+BASED = ("qingyu.runtime.integrations.langchain", "qingyu.runtime.integrations.llama_index")
+
+
+@pytest.mark.parametrize(
+    "module", sorted(name for name in MODULES if inside(name, ("qingyu.runtime.integrations",)))
+)
+def test_an_integration_uses_its_library_and_the_packages_of_the_runtime_only(module):
+    assert third_party(imports_of(module)) <= RUNTIME_PACKAGES | INTEGRATIONS[module]
+    at_once = INTEGRATIONS[module] if module in BASED else set()
+    assert third_party(imports_when_loaded(MODULES[module])) <= {"numpy", "psutil"} | at_once
+
+
+def test_nothing_of_ours_loads_an_integration_but_a_measurement():
+    users = [name for name in MODULES if not inside(name, ("qingyu.runtime.integrations", "qingyu.bench"))]
+    assert not [name for name in users if any(inside(i, tuple(INTEGRATIONS)) for i in imports_of(name))]
 
 
 # The server is loaded by its command alone, after the door of its extra; so it may load its packages at once.
@@ -219,6 +256,8 @@ def test_a_module_imports_cleanly_and_all_of_its_public_names_exist(module):
     """Warnings are errors here, too. A module without its extra is skipped by name."""
     try:
         loaded = importlib.import_module(module)
+    except errors.MissingExtraError as error:
+        pytest.skip(str(error))
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] in ("onnx", "safetensors", "torch", "optimum", *SERVE_PACKAGES):
             pytest.skip(f"needs {error.name}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ __all__ = [
     "EmbeddedDocument",
     "Filter",
     "Hit",
+    "KeptStore",
     "Metric",
     "Scalar",
     "Span",
@@ -185,6 +186,24 @@ class VectorStore(Protocol):
 
     def close(self) -> None:
         """Free what is held; what was put stays."""
+        ...
+
+
+@runtime_checkable
+class KeptStore(VectorStore, Protocol):
+    """A store that an index is kept in: it knows what it was made with, and which documents it holds."""
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What the store was made with, as it was given."""
+        ...
+
+    def ids(self) -> Iterator[str]:
+        """The ids of all documents."""
+        ...
+
+    def flush(self) -> None:
+        """Do now what makes searches fast, if anything is left to do."""
         ...
 
 

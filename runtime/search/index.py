@@ -31,6 +31,7 @@ from qingyu.runtime.search.contract import (
     EmbeddedDocument,
     Filter,
     Hit,
+    KeptStore,
     Metric,
     Span,
     TextStore,
@@ -42,9 +43,10 @@ from qingyu.runtime.search.contract import (
 from qingyu.runtime.search.documents import BadRow
 from qingyu.runtime.search.local import LocalStore
 from qingyu.runtime.spec import ModelSpec
+from qingyu.runtime.stores import create_store, is_uri, open_store
 from qingyu.runtime.task import BUNDLED, find_model
 
-__all__ = ["Mode", "Outcome", "Prompts", "SearchIndex", "fused", "space_of"]
+__all__ = ["Mode", "Outcome", "Prompts", "SearchIndex", "fused", "space_of", "store_at"]
 
 S = TypeVar("S", bound="SearchIndex")
 
@@ -162,6 +164,8 @@ class SearchIndex:
     ) -> S:
         """An index of no documents in a new or empty folder, with a ``LocalStore``; ``close()`` closes what it opened.
 
+        ``folder`` may be the address of a store, too (``qingyu.runtime.stores``); it keeps vectors as it does, so that
+        ``precision`` and ``words`` are for folders alone.
         ``model`` is a model folder or name, or an embedder, which is left open. Prompts are those of the model unless
         given. Raises what ``Embedder.open`` and ``LocalStore.create`` raise.
         """
@@ -178,7 +182,7 @@ class SearchIndex:
                 **{name: getattr(embedder.options, name) or "" for name in FRONT_END},
             }
             space = space_of(embedder, metric=metric, prompts=prompts)
-            store = LocalStore.create(folder, space, precision=precision, words=words, facts=facts)
+            store = _new_store(folder, space, facts, precision, words)
             return cls._with(store, embedder, facts, prompts, opened=embedder is not model)
         except BaseException:
             if embedder is not model:
@@ -198,13 +202,13 @@ class SearchIndex:
         threads: int | None = None,
         max_memory_mb: int | None = None,
     ) -> S:
-        """The index in a folder, with the model that it was made with.
+        """The index in a folder, or at the address of a store, with the model that it was made with.
 
         ``model`` is needed where that has moved; another one, or other prompts, are refused with ``VectorSpaceError``.
         ``profile``, ``threads`` and ``max_memory_mb`` are those of ``Embedder.open``. Raises what
         ``LocalStore.open`` and ``Embedder.open`` raise.
         """
-        store = LocalStore.open(folder, writable=writable)
+        store = store_at(folder, writable=writable)
         embedder = None
         try:
             facts = store.facts
@@ -212,7 +216,7 @@ class SearchIndex:
                 embedder = model
             else:
                 front_end: dict[str, Any] = {name: facts[name] or None for name in FRONT_END}
-                with _found(model, facts["model"], Path(folder)) as name:
+                with _found(model, facts["model"], folder) as name:
                     embedder = Embedder.open(
                         name,
                         profile=profile,
@@ -236,7 +240,7 @@ class SearchIndex:
     @classmethod
     def _with(
         cls: type[S],
-        store: LocalStore,
+        store: KeptStore,
         embedder: Embedder,
         facts: Mapping[str, str],
         prompts: Prompts,
@@ -291,13 +295,13 @@ class SearchIndex:
 
         After a kill, the same call goes on where the last one was. Documents that are not among these are deleted at
         the end; one that is refused leaves what was there under its id. Options as for ``add``; ``total`` is how many
-        documents there are, for the bar. The store must be able to list its ids, as ``LocalStore`` is.
+        documents there are, for the bar. The store must be a ``KeptStore``, which can list its ids.
         """
         store = self.store
-        if not isinstance(store, LocalStore):
+        if not isinstance(store, KeptStore):
             raise InvalidOptionError(
                 "build",
-                expected="an index in a folder",
+                expected="a store that lists its documents",
                 found=type(store).__name__,
                 remedy="Use add and update.",
             )
@@ -456,8 +460,8 @@ class SearchIndex:
 
     @property
     def facts(self) -> Mapping[str, str]:
-        """What an index in a folder was made with; nothing for other stores."""
-        return self.store.facts if isinstance(self.store, LocalStore) else {}
+        """What an index was made with; nothing for stores that do not keep it."""
+        return self.store.facts if isinstance(self.store, KeptStore) else {}
 
     def close_too(self, embedder: Embedder) -> None:
         """Let ``close()`` close this embedder, too."""
@@ -552,6 +556,23 @@ def _one_each(hits: Iterable[Hit]) -> list[Hit]:
     return list(best.values())
 
 
+def _new_store(
+    place: str | os.PathLike[str],
+    space: VectorSpace,
+    facts: Mapping[str, str],
+    precision: Precision,
+    words: str,
+) -> KeptStore:
+    if is_uri(place):
+        return create_store(str(place), space, facts=facts)
+    return LocalStore.create(place, space, precision=precision, words=words, facts=facts)
+
+
+def store_at(place: str | os.PathLike[str], *, writable: bool) -> KeptStore:
+    """The store in a folder, or at an address."""
+    return open_store(str(place)) if is_uri(place) else LocalStore.open(place, writable=writable)
+
+
 def _place(store: VectorStore) -> Any:  # noqa: ANN401 - a path, or what the store says of itself
     return getattr(store, "folder", store)
 
@@ -567,7 +588,9 @@ def _name_of(embedder: Embedder) -> str:
 
 
 @contextmanager
-def _found(model: str | os.PathLike[str] | None, fact: str, folder: Path) -> Iterator[str | os.PathLike[str]]:
+def _found(
+    model: str | os.PathLike[str] | None, fact: str, folder: str | os.PathLike[str]
+) -> Iterator[str | os.PathLike[str]]:
     """The model to open; that it is gone is said with what to do, where nobody named one."""
     try:
         yield fact if model is None else model

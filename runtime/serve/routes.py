@@ -10,7 +10,7 @@ import base64
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -297,9 +297,15 @@ async def metrics(service: Service, asked: Mapping[str, Any], call: Call) -> byt
 
 async def openapi(service: Service, asked: Mapping[str, Any], call: Call) -> bytes:
     """The OpenAPI document."""
+    return _openapi_of(service.configuration.max_inputs, service.configuration.keyed)
+
+
+@lru_cache(maxsize=8)
+def _openapi_of(max_inputs: int, keyed: bool) -> bytes:
+    """Made once: nobody needs a key to ask for it, and making it anew would keep the loop from everybody else."""
     from qingyu.runtime.serve.openapi import document  # which reads this table
 
-    return _json(document(max_inputs=service.configuration.max_inputs, keys=service.configuration.keyed))
+    return _json(document(max_inputs=max_inputs, keys=keyed))
 
 
 class _using:  # noqa: N801 - used as a statement

@@ -41,6 +41,7 @@ from qingyu.runtime.serverless.targets import (
     DROPPED_EVERYWHERE,
     KEPT,
     PACKAGES,
+    SERVER_PACKAGES,
     TARGETS,
     Target,
     entry_files,
@@ -106,6 +107,7 @@ def bundle_app(
     wheels: Path | None = None,
     machine: Machine | None = None,
     edge_only: bool = False,
+    server: bool = False,
     as_zip: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -114,16 +116,24 @@ def bundle_app(
 
     ``wheels`` is a folder of wheels of numpy, onnxruntime, tokenizers and psutil to take instead of this Python's
     own; needed where ``machine`` is not this one. ``edge_only`` leaves out the plain graph where the folder has an
-    edge file: smaller, and refused by CPUs with AVX2 and without VNNI, which need the graph.
+    edge file: smaller, and refused by CPUs with AVX2 and without VNNI, which need the graph. ``server`` adds what
+    ``qingyu serve`` needs, on machines with a shell.
 
     Raises ``InvalidOptionError``, ``OutputError`` (also for a bundle over the target's limit),
     ``UnsupportedModelError`` for a model that is not INT8 or not for embeddings, ``OperatorError`` for packages that
     are missing or a tree that does not run, and what opening the model raises. Whatever fails leaves no output.
     """
     place = _target(target)
+    if server and place.handler is not None:
+        raise InvalidOptionError(
+            "server",
+            expected="a machine with a shell",
+            found=place.platform,
+            remedy="Leave it out, or use pi.",
+        )
     where = Machine.here() if machine is None else machine
     spec = _checked_model(model, edge_only)
-    files, versions = _dependencies(wheels, where)
+    files, versions = _dependencies(wheels, where, (*PACKAGES, *(SERVER_PACKAGES if server else ())))
     _check_output(output, overwrite)
     expected = _vectors(model)
     with (
@@ -132,7 +142,7 @@ def bundle_app(
     ):
         tree = Path(scratch) / "tree"
         tree.mkdir()
-        _fill(tree, place, [*_own_files(place), *files], progress=progress)
+        _fill(tree, place, [*_own_files(place, server), *files], progress=progress)
         _copy_model(model, tree / "model", spec, edge_only)
         tried = where == Machine.here()
         if tried:
@@ -149,9 +159,9 @@ def bundle_app(
     return AppBundle(output, place.name, place.handler, where, versions, spec.name, size, zip_bytes, tried)
 
 
-def download_command(machine: Machine, folder: str) -> str:
+def download_command(machine: Machine, folder: str, names: Sequence[str] = PACKAGES) -> str:
     """The pip command that brings wheels for a machine into a folder, in the versions that are installed here."""
-    pins = " ".join(f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES)
+    pins = " ".join(f"{name}=={importlib.metadata.version(name)}" for name in names)
     platforms = " ".join(f"--platform {kind}_{machine.name}" for kind in ("manylinux_2_28", "manylinux_2_27"))
     return (
         f"pip download --only-binary :all: --no-deps --implementation cp --abi {machine.tag} --abi abi3 "
@@ -201,18 +211,20 @@ def _vectors(model: Path) -> Floats:
         return embedder.embed(TEXTS)
 
 
-def _dependencies(wheels: Path | None, machine: Machine) -> tuple[list[_File], dict[str, str]]:
+def _dependencies(
+    wheels: Path | None, machine: Machine, names: Sequence[str]
+) -> tuple[list[_File], dict[str, str]]:
     """The files that are kept of all packages, and the packages' versions."""
     if wheels is None and machine != Machine.here():
         raise OperatorError(
             f"no packages for {machine.name} and Python {machine.python[0]}.{machine.python[1]} here",
             expected="a folder of wheels for it",
             found=f"packages for {Machine.here().name} and Python {sys.version_info.major}.{sys.version_info.minor}",
-            remedy=f"Run: {download_command(machine, 'wheels')} ; then pass --wheels wheels.",
+            remedy=f"Run: {download_command(machine, 'wheels', names)} ; then pass --wheels wheels.",
         )
     files: list[_File] = []
     versions = {}
-    for name in PACKAGES:
+    for name in names:
         found, versions[name] = _installed(name) if wheels is None else _in_wheels(wheels, name, machine)
         files += [file for file in found if _kept(name, file.name)]
     return files, versions
@@ -221,9 +233,11 @@ def _dependencies(wheels: Path | None, machine: Machine) -> tuple[list[_File], d
 def _kept(package: str, name: str) -> bool:
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in KEPT):
         return not any(
-            fnmatch.fnmatchcase(name, pattern) for pattern in DROPPED[package] if "libonnx" in pattern
+            fnmatch.fnmatchcase(name, pattern) for pattern in DROPPED.get(package, ()) if "libonnx" in pattern
         )
-    return not any(fnmatch.fnmatchcase(name, pattern) for pattern in (*DROPPED[package], *DROPPED_EVERYWHERE))
+    return not any(
+        fnmatch.fnmatchcase(name, pattern) for pattern in (*DROPPED.get(package, ()), *DROPPED_EVERYWHERE)
+    )
 
 
 def _installed(package: str) -> tuple[list[_File], str]:
@@ -287,7 +301,7 @@ def _no_package(package: str, found: str, machine: Machine | None = None) -> Ope
     )
 
 
-def _own_files(target: Target) -> Iterator[_File]:
+def _own_files(target: Target, server: bool) -> Iterator[_File]:
     """What of qingyu runs; however it is installed, its modules say where they lie."""
     import qingyu
     import qingyu.runtime
@@ -298,11 +312,14 @@ def _own_files(target: Target) -> Iterator[_File]:
         "qingyu/cli": Path(qingyu.__file__).parent / "cli",
         "qingyu/runtime": Path(qingyu.runtime.__file__).parent,
         "qingyu/runtime/serverless": Path(qingyu.runtime.serverless.__file__).parent,
+        "qingyu/runtime/serve": Path(qingyu.runtime.__file__).parent / "serve",
+        "qingyu/models": Path(qingyu.__file__).parent / "models",
     }
+    wanted = target.files(server=server)
     for name, folder in folders.items():
         for path in sorted(folder.iterdir()):
             place = f"{name}/{path.name}"
-            if path.is_file() and any(fnmatch.fnmatchcase(place, pattern) for pattern in target.files):
+            if path.is_file() and any(PurePosixPath(place).match(pattern) for pattern in wanted):
                 yield _File(place, path)
     for path in _licences():
         yield _File(f"qingyu-licenses/{path.name}", path)

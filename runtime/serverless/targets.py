@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["DROPPED", "PACKAGES", "TARGETS", "Target", "entry_files"]
+__all__ = ["DROPPED", "PACKAGES", "SERVER_PACKAGES", "TARGETS", "Target", "entry_files"]
 
 MEGABYTE = 1_000_000
 
 # Distributions that a bundle is made of, besides qingyu itself.
 PACKAGES = ("numpy", "onnxruntime", "tokenizers", "psutil")
+
+# What the extra `serve` brings, with what those need, for a board that serves others.
+SERVER_PACKAGES = ("uvicorn", "click", "h11", "httptools", "uvloop", "orjson", "prometheus_client")
 
 # What is never loaded, as patterns of paths in site-packages ("*" crosses folders). Licences are kept before these.
 DROPPED: Mapping[str, tuple[str, ...]] = {
@@ -47,7 +50,7 @@ DROPPED: Mapping[str, tuple[str, ...]] = {
         "numpy/_core/lib/*",
     ),
     "tokenizers": ("tokenizers/tools/*",),
-    "psutil": (),
+    "uvloop": ("uvloop/loop.c", "*/_testbase.py"),
 }
 # In every package: tests, types for other people's checkers, sources of other languages, and what pip writes.
 DROPPED_EVERYWHERE = (
@@ -79,9 +82,17 @@ KEPT = (
     "*/METADATA",
 )
 
-# Of qingyu: what runs a model, and for machines with a shell the command line. Never the model in the package.
-RUNTIME_FILES = ("qingyu/__init__.py", "qingyu/errors.py", "qingyu/runtime/*.py", "qingyu/runtime/*.onnx")
+# Of qingyu: what runs a model, and for machines with a shell the command line. Never the model in the package. A "*"
+# stays within its folder here.
+RUNTIME_FILES = (
+    "qingyu/__init__.py",
+    "qingyu/errors.py",
+    "qingyu/runtime/*.py",
+    "qingyu/runtime/*.onnx",
+    "qingyu/runtime/serverless/*.py",
+)
 COMMAND_FILES = ("qingyu/__main__.py", "qingyu/cli/*.py")
+SERVER_FILES = ("qingyu/runtime/serve/*", "qingyu/models/__init__.py", "qingyu/models/extras.py")
 
 FUNCTION = '''"""Entry of the function: {platform} calls ``{handler}``."""
 
@@ -124,10 +135,10 @@ class Target:
     function: str | None = None
     libraries: str = ""
 
-    @property
-    def files(self) -> tuple[str, ...]:
+    def files(self, *, server: bool) -> tuple[str, ...]:
         """Patterns of what of qingyu is taken."""
-        return RUNTIME_FILES if self.handler is not None else (*RUNTIME_FILES, *COMMAND_FILES)
+        commands = COMMAND_FILES if self.handler is None else ()
+        return (*RUNTIME_FILES, *commands, *(SERVER_FILES if server else ()))
 
 
 TARGETS: Mapping[str, Target] = {

@@ -253,6 +253,13 @@ def test_over_tls_a_trusted_server_serves_with_the_token_and_no_other_does(
     assert (tmp_path / "x").read_bytes() == hub.files["model.safetensors"]
 
 
+def test_modelscope_is_asked_and_read_over_tls(secure, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(secure))
+    fetch(hub, tmp_path / "x", source="modelscope")
+    assert (tmp_path / "x").read_bytes() == hub.files["model.safetensors"]
+
+
 def test_a_redirect_from_https_to_http_is_refused(secure, hub, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("SSL_CERT_FILE", str(secure))

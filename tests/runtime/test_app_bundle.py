@@ -27,7 +27,7 @@ from qingyu.errors import (
 )
 from qingyu.runtime.serverless import app_bundle
 from qingyu.runtime.serverless.app_bundle import Machine, bundle_app, download_command
-from qingyu.runtime.serverless.targets import PACKAGES, TARGETS
+from qingyu.runtime.serverless.targets import PACKAGES, SERVER_PACKAGES, TARGETS
 from qingyu.runtime.spec import ModelSpec, read_spec
 
 HERE = Machine.here()
@@ -153,6 +153,43 @@ def test_a_board_gets_the_command_line(edge_model, tmp_path):
 def foreign(tmp_path_factory):
     """Options of a bundle for another machine, which is made quickly: of next to nothing, and not tried."""
     return {"machine": FOREIGN, "wheels": fake_wheels(tmp_path_factory.mktemp("foreign") / "wheels", FOREIGN)}
+
+
+def test_a_board_serves_others_when_asked_to(edge_model, tmp_path):
+    for package in SERVER_PACKAGES:
+        pytest.importorskip(package)
+    bundle_app(edge_model, tmp_path / "board", "pi", server=True)
+    # Without site-packages, so that nothing but the bundle can be what is used.
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    command = [str(tmp_path / "board" / "qingyu"), "serve", "--port", "0", "--profile", "edge", "--model"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "board" / "model")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            "PATH": os.defpath,
+            "QINGYU_HOME": str(tmp_path / "home"),
+            "QINGYU_PYTHON": str(tmp_path / "python"),
+        },
+    )
+    assert process.stderr is not None
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if '"ready"' in line:
+                break
+        assert process.poll() is None, lines
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0, lines
+        process.stderr.close()
+
+
+def test_a_function_has_no_server(edge_model, tmp_path):
+    with pytest.raises(InvalidOptionError, match="expected a machine with a shell"):
+        bundle_app(edge_model, tmp_path / "out", "lambda", server=True)
 
 
 def test_the_same_bundle_is_the_same_zip(edge_model, foreign, tmp_path):

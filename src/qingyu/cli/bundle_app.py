@@ -58,6 +58,7 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
         action="store_true",
         help="leave out the plain graph, which CPUs with AVX2 and without VNNI need",
     )
+    parser.add_argument("--server", action="store_true", help="with what `qingyu serve` needs (pi only)")
     parser.add_argument(
         "--no-edge", action="store_true", help="take the model as it is, without an edge file"
     )
@@ -78,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
             wheels=options.wheels,
             machine=_machine(options.machine, options.python),
             edge_only=options.edge_only,
+            server=options.server,
             as_zip=options.zip,
             overwrite=options.overwrite,
             progress=sys.stderr.isatty(),

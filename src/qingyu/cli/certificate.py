@@ -133,7 +133,9 @@ def similarity_sets(options: argparse.Namespace) -> list[SimilaritySet]:
 
 def refuse_embedding_options(options: argparse.Namespace, task: str) -> None:
     """Raise ``InvalidOptionError`` for what is measured on embeddings only."""
-    given = [name for name in ("retrieval", "similarity", "report") if getattr(options, name, None)]
+    given = [
+        name for name in ("retrieval", "similarity", "report", "openvino") if getattr(options, name, None)
+    ]
     if given:
         raise InvalidOptionError(
             f"--{given[0]}",

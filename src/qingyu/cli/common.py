@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,8 +20,17 @@ __all__ = [
     "new_command",
     "open_embedder",
     "opening",
+    "place",
     "print_report",
 ]
+
+
+STORES = ("milvus+", "qdrant+")  # how addresses of stores begin (a test compares with qingyu.runtime.stores)
+
+
+def place(text: str) -> Path | str:
+    """Where an index is: a folder, or the address of a store as it stands."""
+    return text if text.startswith(STORES) else Path(text)
 
 
 def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:  # noqa: ANN401
@@ -63,6 +73,13 @@ def add_opening_arguments(parser: argparse.ArgumentParser, *, default: str | Non
         default="throughput",
         help="throughput: many texts; latency: one text at a time; edge: least memory (default: %(default)s)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "onnxruntime", "openvino"),
+        default="auto",
+        help="auto: OpenVINO where the model has a file for it that was measured faster on such a CPU (default: "
+        "%(default)s)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: what affinity and CPU quota allow")
     parser.add_argument(
         "--max-memory-mb", type=int, metavar="MB", help="resident memory that the process may reach"
@@ -86,6 +103,7 @@ def opening(options: argparse.Namespace) -> dict[str, Any]:
     """What the arguments of ``add_opening_arguments`` say, by the names that ``open`` gives them."""
     return {
         "profile": options.profile,
+        "engine": options.engine,
         "threads": options.threads,
         "max_memory_mb": options.max_memory_mb,
         "unicode_form": "NFKC" if options.nfkc else None,

@@ -7,11 +7,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from qingyu.cli.common import BUNDLED, add_opening_arguments, new_command, opening
+from qingyu.cli.common import BUNDLED, add_opening_arguments, new_command, opening, place
 from qingyu.errors import CorruptFileError, DataFileError, DocumentError, InvalidOptionError, OutputError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ EXAMPLES = {
 # Options of build that an index keeps: name of the option -> name of the fact.
 KEPT = ("metric", "precision", "words", "chunk_tokens", "overlap")
 PROMPTS = ("query_prompt", "passage_prompt")
+OF_FOLDERS = ("precision", "words")  # of KEPT: what stores at an address do in their own way, or not at all
 SHOWN = ("model", "fingerprint", "query_fingerprint", "dim", *KEPT, *PROMPTS, "unicode_form", "script")
 DATABASE = "documents.sqlite"  # qingyu.runtime.search.database's (a test compares)
 
@@ -86,7 +87,9 @@ def _new_kind(
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the index")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=place, help="folder of the index, or address of a store"
+    )
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +103,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--rejected",
         type=Path,
         metavar="FILE",
-        help="where bad rows are listed (default: FOLDER/rejected.jsonl)",
+        help="where bad rows are listed (default: FOLDER/rejected.jsonl; rejected.jsonl here for a store)",
     )
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
 
@@ -138,7 +141,15 @@ def _add_build(kinds: Any) -> None:  # noqa: ANN401
 
 
 def _build(options: argparse.Namespace) -> int:
-    return _take(options, _opened if (options.folder / DATABASE).exists() else _made)
+    return _take(options, _opened if _is_there(options.folder) else _made)
+
+
+def _is_there(folder: Path | str) -> bool:
+    if isinstance(folder, Path):
+        return (folder / DATABASE).exists()
+    from qingyu.runtime.stores import store_exists
+
+    return store_exists(folder)
 
 
 def _change(options: argparse.Namespace) -> int:
@@ -150,7 +161,8 @@ def _take(options: argparse.Namespace, opened: Callable[[argparse.Namespace], Se
     from qingyu.runtime.search.documents import read_documents
 
     documents = read_documents(options.documents, id_field=options.id_field, text_field=options.text_field)
-    with opened(options) as index, _Rejections(options.rejected or options.folder / "rejected.jsonl") as bad:
+    beside = options.folder if isinstance(options.folder, Path) else Path()
+    with opened(options) as index, _Rejections(options.rejected or beside / "rejected.jsonl") as bad:
         if options.kind == "build":
             total = _count_lines(options.documents)
             outcome = index.build(documents, rejected=bad.write, progress=True, total=total)
@@ -165,6 +177,10 @@ def _made(options: argparse.Namespace) -> SearchIndex:
     from qingyu.runtime.search.index import SearchIndex
 
     given = {name: getattr(options, name) for name in (*KEPT, *PROMPTS)}
+    if isinstance(options.folder, str):
+        for name in OF_FOLDERS:
+            if given[name] is not None:
+                raise _of_folders(f"--{name}", options.folder)
     embedder = Embedder.open(options.model or BUNDLED, **opening(options))
     index = SearchIndex.create(
         options.folder, embedder, **{name: value for name, value in given.items() if value is not None}
@@ -198,10 +214,10 @@ def _check_kept(options: argparse.Namespace, facts: Mapping[str, str]) -> None:
     given = {name: getattr(options, name, None) for name in KEPT}
     given |= {name: opening(options)[name] for name in ("unicode_form", "script")}
     for name, value in given.items():
-        if value is not None and str(value) != facts[name]:
+        if value is not None and str(value) != facts.get(name, ""):
             raise InvalidOptionError(
                 f"--{name.replace('_', '-')} for {options.folder}",
-                expected=facts[name] or "none, as it was made",
+                expected=facts.get(name) or "none, as it was made",
                 found=str(value),
                 remedy="Leave it out, or build another index.",
             )
@@ -275,10 +291,16 @@ def _say(outcome: Outcome, options: argparse.Namespace, rejected: Path) -> int:
     return DataFileError.exit_code
 
 
-def _delete(options: argparse.Namespace) -> int:
-    from qingyu.runtime.search.local import LocalStore
+def _of_folders(what: str, found: str) -> InvalidOptionError:
+    return InvalidOptionError(
+        what, expected="an index in a folder", found=found, remedy="Leave it to the store."
+    )
 
-    with LocalStore.open(options.folder, writable=True) as store:
+
+def _delete(options: argparse.Namespace) -> int:
+    from qingyu.runtime.search.index import store_at
+
+    with closing(store_at(options.folder, writable=True)) as store:
         deleted = store.delete(options.ids)
     print(f"{options.folder}: {deleted:,} deleted")
     if deleted < len(set(options.ids)):
@@ -293,17 +315,18 @@ def _delete(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     from qingyu.cli.table import facts as table
+    from qingyu.runtime.search.index import store_at
     from qingyu.runtime.search.local import LocalStore
 
-    with LocalStore.open(options.folder) as store:
+    shown: dict[str, object] = {}
+    with closing(store_at(options.folder, writable=False)) as store:
         facts = store.facts
-        shown = {
-            "documents": store.count(),
-            "pieces": store.count_pieces(),
-            "in the graph": int(facts["graph_entries"]),
-            **{name.replace("_", " "): facts[name] for name in SHOWN if facts.get(name)},
-            "bytes": sum(path.stat().st_size for path in options.folder.iterdir() if path.is_file()),
-        }
+        shown["documents"] = store.count()
+        if isinstance(store, LocalStore):
+            shown |= {"pieces": store.count_pieces(), "in the graph": int(facts["graph_entries"])}
+        shown |= {name.replace("_", " "): facts[name] for name in SHOWN if facts.get(name)}
+        if isinstance(store, LocalStore):
+            shown["bytes"] = sum(path.stat().st_size for path in store.folder.iterdir() if path.is_file())
     print(json.dumps(shown, ensure_ascii=False) if options.json else table(shown))
     return 0
 
@@ -311,6 +334,8 @@ def _info(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from qingyu.runtime.search.local import LocalStore
 
+    if isinstance(options.folder, str):
+        raise _of_folders("verify", options.folder)
     with LocalStore.open(options.folder) as store:
         damage = store.damage()
         count = store.count()
@@ -328,6 +353,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _compact(options: argparse.Namespace) -> int:
     from qingyu.runtime.search.local import LocalStore
 
+    if isinstance(options.folder, str):
+        raise _of_folders("compact", options.folder)
     with LocalStore.open(options.folder, writable=True) as store:
         store.compact()
         print(f"{options.folder}: {store.count_pieces():,} pieces")

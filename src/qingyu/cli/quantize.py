@@ -73,6 +73,11 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
         action="store_true",
         help="also keep the FP32 graph, for machines that fail the self-check",
     )
+    parser.add_argument(
+        "--openvino",
+        action="store_true",
+        help="also write a file for OpenVINO, measured and certified like the other",
+    )
     parser.add_argument("--report", type=Path, metavar="HTML", help="write charts of what was measured")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
     parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
@@ -99,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
         weight_bits=options.weight_bits,
         edge=options.edge,
         fallback=options.fallback,
+        openvino=options.openvino,
         report=options.report,
         speed_rounds=options.speed_rounds,
         overwrite=options.overwrite,

@@ -7,10 +7,9 @@ import contextlib
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qingyu.cli.common import add_opening_arguments, new_command
+from qingyu.cli.common import add_opening_arguments, new_command, place
 from qingyu.errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -28,7 +27,9 @@ TEXT_CELLS = 72
 def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers type
     """Add the command."""
     parser = new_command(commands, "search", "find the documents of an index that fit a query", EXAMPLE)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder that `qingyu index build` made")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=place, help="what `qingyu index build` made, or a store"
+    )
     parser.add_argument("query", metavar="QUERY", help="what to look for")
     parser.add_argument(
         "-k", type=int, default=5, metavar="N", help="how many documents (default: %(default)s)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,12 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     parser.add_argument("--against", required=True, metavar="FP32", type=Path, help="FP32 model folder")
     add_measuring(parser)
     add_gate(parser)
+    parser.add_argument(
+        "--engine",
+        choices=("onnxruntime", "openvino"),
+        default="onnxruntime",
+        help="what runs the quantized model (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
     parser.set_defaults(run=run)
 
@@ -57,12 +64,13 @@ def run(options: argparse.Namespace) -> int:
         calibration_texts() if texts is None else texts,
         retrieval=retrieval_sets(options),
         similarity=similarity_sets(options),
+        engine=options.engine,
         speed_rounds=options.speed_rounds,
         progress=True,
     ).certificate
     print(json.dumps(certificate.to_json(), ensure_ascii=False) if options.json else as_text(certificate))
     if not options.json:
-        print(f"\n{_against_stored(spec, certificate)}")
+        print(f"\n{_against_stored(_stored(spec, options.engine), certificate)}")
     missed = Gate(options.min_cosine, options.min_worst_cosine).missed(certificate)
     if missed:
         raise FidelityError(
@@ -95,12 +103,19 @@ def _run_task(options: argparse.Namespace, task: str) -> int:
     return 0
 
 
-def _against_stored(spec: ModelSpec, certificate: Certificate) -> str:
+def _stored(spec: ModelSpec, engine: str) -> Mapping[str, Any] | None:
+    """The certificate in the manifest of what this engine runs."""
+    if engine == "onnxruntime":
+        return spec.certificate
+    return None if spec.openvino is None else spec.openvino.certificate
+
+
+def _against_stored(kept: Mapping[str, Any] | None, certificate: Certificate) -> str:
     from qingyu.quantize.certificate import Certificate, differences
 
-    if spec.certificate is None:
+    if kept is None:
         return "The manifest has no certificate to compare with."
-    stored = Certificate.from_json(spec.certificate)
+    stored = Certificate.from_json(kept)
     if stored.texts != certificate.texts:
         return "The certificate in the manifest was measured on other texts."
     found = differences(stored, certificate)

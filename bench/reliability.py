@@ -1,0 +1,189 @@
+"""The scorecard: what is promised about faults, tried here, with its figure, its bar and whether it is met.
+
+    python -m qingyu.bench.reliability --rows 1 3 8 --quick
+    python -m qingyu.bench.reliability --out docs
+
+The first prints a JSON line for each row; ``--quick`` tries less of the long ones. With ``--out`` the results are put
+into reliability.json there, beside those of the rows that were not run, and reliability.md is written from it: the
+scorecard, and for every threat the test that covers it or the reason why none does. Without ``--rows`` all are run,
+which takes about an hour. Run it in a checkout. Some rows need root, strace or a cgroup, and say so without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qingyu.bench import reliability_server  # noqa: F401 - registers its rows
+from qingyu.bench.reliability_rows import ROWS, Found, Row, Setting
+from qingyu.bench.threats import THREATS, Threat
+from qingyu.errors import QingyuError
+
+__all__ = ["main", "page"]
+
+PACKAGES = ("qingyu", "onnxruntime", "tokenizers", "numpy")
+
+
+def run_row(row: Row, setting: Setting) -> dict[str, Any]:
+    """One row's result as JSON: the figure, whether the bar is met, facts, versions and the date."""
+    start = time.monotonic()
+    try:
+        found = row.run(setting)
+    except QingyuError as error:
+        found = Found(f"failed: {error}", False)
+    return {
+        "row": row.number,
+        "figure": found.figure,
+        "met": found.met,
+        "quick": setting.quick,
+        "seconds": round(time.monotonic() - start, 1),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "facts": found.facts,
+    }
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """reliability.md from the results by row, and the threats."""
+    lines = [HEAD]
+    lines += ["| # | promise | figure | bar | met | date |", "|---|---|---|---|---|---|"]
+    for number in range(1, 25):
+        lines.append(_scorecard_line(number, results.get(str(number))))
+    met = [results[key]["met"] for key in results]
+    lines.append(
+        f"\nOf the 24 rows {met.count(True)} are met, {met.count(False)} are not, and "
+        f"{24 - met.count(True) - met.count(False)} were not tried.\n"
+    )
+    lines.append("## How each row is tried\n")
+    for number, row in sorted(ROWS.items()):
+        kind = "gate" if row.kind == "gate" else "report"
+        lines.append(f"{number}. ({kind}) {row.how}.")
+    lines.append(MIDDLE)
+    title = ""
+    for threat in THREATS:
+        if threat.title != title:
+            title = threat.title
+            lines += [f"\n### {title}\n", "| # | threat | test, or why there is none |", "|---|---|---|"]
+        lines.append(f"| {threat.number} | {threat.fault} | {_cover(threat)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _scorecard_line(number: int, result: Mapping[str, Any] | None) -> str:
+    row = ROWS[number]
+    if result is None:
+        return f"| {number} | {row.promise} | not run yet | {row.bar} | not tried | |"
+    met = {True: "yes", False: "**no**", None: "not tried"}[result["met"]]
+    quick = " (quick)" if result["quick"] else ""
+    return f"| {number} | {row.promise} | {result['figure']}{quick} | {row.bar} | {met} | {result['date']} |"
+
+
+def _cover(threat: Threat) -> str:
+    tests = ", ".join(f"`{test.removeprefix('tests/')}`" for test in threat.tests)
+    rows = f"row {', '.join(map(str, threat.rows))}" if threat.rows else ""
+    return "; ".join(part for part in (tests, rows, threat.reason) if part)
+
+
+HEAD = """# Reliability
+
+What can go wrong with models, texts, processes and servers, and what was done about each. The scorecard below is
+written by the command that measures it:
+
+```bash
+python -m qingyu.bench.reliability --out docs
+```
+
+It runs for about an hour in a checkout, as root and with strace installed for all rows. `--rows 8 12` runs some,
+`--quick` tries less of the long ones. Figures are from a virtual machine with two cores of an AMD EPYC (Zen 5,
+AVX512-VNNI) that others used, too, so times are no better than a factor of two; Debian 12, Python 3.11. Facts and
+versions of each row are in [reliability.json](reliability.json). The model is qingyu-mini-zh with an edge file where
+no other is named.
+"""
+
+MIDDLE = """
+## Threats
+
+Every threat of the specification, with the tests that try it (in `tests/`), the row above that measures it, or the
+reason why neither does. A test checks that each test named here exists."""
+
+
+def _setting(options: argparse.Namespace, scratch: Path) -> Setting:
+    from qingyu.bench.tiny import tiny_model
+    from qingyu.quantize.edge import add_edge
+    from qingyu.runtime.task import BUNDLED, find_model
+
+    model = scratch / "model"
+    shutil.copytree(find_model(options.model or BUNDLED), model)
+    add_edge(model)
+    tiny_model(scratch / "tiny")
+    return Setting(
+        model=model,
+        tiny=scratch / "tiny" / "int8",
+        fp32=options.fp32 or scratch / "tiny" / "fp32",
+        scratch=scratch,
+        checkout=Path.cwd(),
+        wheels=options.wheels,
+        quick=options.quick,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 1 when a gate's bar is not met."""
+    parser = argparse.ArgumentParser(prog="python -m qingyu.bench.reliability", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--rows", type=int, nargs="*", choices=sorted(ROWS), metavar="N", help="only these")
+    parser.add_argument("--quick", action="store_true", help="try less of the long rows")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write reliability.json and .md there")
+    parser.add_argument("--model", type=Path, help="an INT8 model folder (default: qingyu-mini-zh)")
+    parser.add_argument("--fp32", type=Path, help="an FP32 model folder for row 10 (default: a tiny one)")
+    parser.add_argument("--wheels", type=Path, help="aarch64 wheels, for row 23's bundle for a board")
+    options = parser.parse_args(arguments)
+    os.environ["QINGYU_HOME"] = tempfile.mkdtemp(prefix="qingyu-home-")
+    failed = False
+    try:
+        with tempfile.TemporaryDirectory(prefix="qingyu-reliability-") as scratch:
+            setting = _setting(options, Path(scratch))
+            for number in options.rows or sorted(ROWS):
+                result = run_row(ROWS[number], setting)
+                failed |= result["met"] is False and ROWS[number].kind == "gate"
+                sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+                sys.stdout.flush()
+                if options.out is not None:
+                    _record(options.out, result)
+    except QingyuError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    finally:
+        shutil.rmtree(os.environ["QINGYU_HOME"], ignore_errors=True)
+    return 1 if failed else 0
+
+
+def _record(folder: Path, result: Mapping[str, Any]) -> None:
+    """Put one result into the JSON file, and write the page from it; each is replaced whole."""
+    path = folder / "reliability.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results[str(result["row"])] = dict(result)
+    ordered = dict(sorted(results.items(), key=lambda pair: int(pair[0])))
+    _write(path, json.dumps(ordered, ensure_ascii=False, indent=1) + "\n")
+    _write(folder / "reliability.md", page(ordered))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
