@@ -12,7 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ BASE_OPERATIONS = 25.2e6  # of the model that the workloads' counts are for
 IDLE_SECONDS = 3.0
 GROWTH_SECONDS = 150.0  # what one call may be expected to take before a contender is spared the next size
 PREPARING = 0.45  # of the seconds that there are
-WARM_UP = {"bulk": 10**9, "single": 32, "arrivals": 8}
+WARM_UP = 16  # texts
 TIMED = ("bulk", "single", "arrivals")
 
 
@@ -86,7 +88,6 @@ class Comparison:
                 with started([seat]) as (process,):
                     self.say(f"preparing {name} for {prepared.model.name}")
                     process.ask({"do": "prepare"}, seconds=900)
-                    process.ask({"do": "open"}, seconds=120)
                     self._note_facts(process, prepared)
             except SeatError as error:
                 self._skip(name, prepared, str(error))
@@ -112,7 +113,9 @@ class Comparison:
     def _rounds(self, prepared: Prepared, names: Sequence[str], workloads: Sequence[Workload]) -> None:
         wanted = [self._seat(name, prepared, cores) for cores in self.settings.cores for name in names]
         with started(wanted) as processes:
-            seats = [process for process in processes if self._opened(process, prepared)]
+            with ThreadPoolExecutor(max(self.settings.cores)) as pool:  # opening is not timed
+                opened = list(pool.map(partial(self._opened, prepared=prepared), processes))
+            seats = [process for process, ready in zip(processes, opened, strict=True) if ready]
             if prepared.model.real:
                 self._fidelity([one for one in seats if self._on_all(one)], prepared)
             if not workloads:
@@ -120,8 +123,10 @@ class Comparison:
             ceilings = {cores: Ceiling(prepared.sizes, cores) for cores in self.settings.cores}
             sizes = {one.name: self._size(one, prepared) for one in workloads}
             for process, one in self._pairs(seats, workloads):
-                # Warms up, and is not timed: all texts, for OpenVINO compiles kernels for each new shape.
-                self._ask(process, prepared, one, min(sizes[one.name]["texts"], WARM_UP[one.kind]))
+                # Warms up, and is not timed.
+                compiles = one.kind == "bulk" and contender(process.seat.contender).compiles_shapes
+                most = sizes[one.name]["texts"] if compiles else WARM_UP
+                self._ask(process, prepared, one, min(sizes[one.name]["texts"], most))
             for number in range(self.settings.rounds):
                 if number and self._late():
                     break

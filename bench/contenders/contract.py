@@ -87,7 +87,8 @@ class Contender:
     ``needs`` are the packages by import name, ``distributions`` what pip installs for it, whose sizes count with all
     that they depend on. ``prepare`` makes the contender's files in ``files.own``, once, in a process of its own.
     ``open`` is given how many threads it may use. ``own_weights``: not made from the checkpoint. ``adds_prompt``: it
-    puts the model's prompt before each text by itself. ``how`` says what is done, for the results.
+    puts the model's prompt before each text by itself. ``compiles_shapes``: it compiles kernels for each new shape of a
+    batch, so that it is warmed up with all texts. ``how`` says what is done, for the results.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Contender:
     models: tuple[str, ...] = ()  # those that it can run, where it cannot run any
     own_weights: bool = False
     adds_prompt: bool = False
+    compiles_shapes: bool = False
 
     def check(self, model: str) -> None:
         """Raise unless its packages are installed and it can run the model."""

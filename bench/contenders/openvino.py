@@ -138,5 +138,6 @@ CONTENDERS = {
         open=_open,
         prepare=_prepare,
         prepare_needs=("nncf",),
+        compiles_shapes=True,
     )
 }
