@@ -69,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("bench-out"), metavar="DIR", help="(default: %(default)s)"
     )
     found.add_argument(
+        "--note", default="", metavar="TEXT", help="what a reader of the page has to know besides"
+    )
+    found.add_argument(
         "--only", choices=("prepare", "measure", "report"), help="one step (default: all three)"
     )
     return found
@@ -93,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         from qingyu.bench.report import write_report
 
         rows = read_rows([options.out / ROWS])
-        print(write_report(rows, options.out))
+        print(write_report(rows, options.out, note=options.note))
     return 0
 
 

@@ -88,6 +88,8 @@ def _machine(figures: Figures) -> Iterator[str]:
     yield f"{machine['system']}, Python {machine['python']}.\n"
     if figures["disturbed"]:
         yield f"{figures['disturbed']} measurements during which others used the machine, too, were left out.\n"
+    if figures["note"]:
+        yield figures["note"] + "\n"
     if figures["quick"]:
         yield "Some of it with `--quick`: fewer texts and rounds.\n"
 
@@ -308,7 +310,7 @@ def _contenders(figures: Figures) -> Iterator[str]:
 
 def _skipped(figures: Figures) -> Iterator[str]:
     if figures["skipped"]:
-        yield "## What could not run here\n"
+        yield "## What was not measured\n"
         yield from _table(
             ["contender", "model", "reason"],
             [[f"`{row['contender']}`", row["model"], _cell(row["reason"])] for row in figures["skipped"]],

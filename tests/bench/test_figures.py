@@ -159,13 +159,14 @@ def test_targets_of_nothing_are_not_measured():
 
 def test_the_page_is_made_of_the_json_alone(tmp_path):
     pytest.importorskip("matplotlib")
-    table = write_report(made_rows(), tmp_path)
+    table = write_report(made_rows(), tmp_path, note="Mind the note.")
     figures = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert text == rendered(figures)
     assert "| **qingyu-int8** | 1.00 (1.00 to 1.00) |" in text
     assert "a \\| b c" in text  # a reason stays in its cell
     assert "**not met**" in text
+    assert "Mind the note." in text
     assert "NOT MET" in table
     for name in figures["charts"]:
         assert f"benchmarks/{name}.svg" in text
