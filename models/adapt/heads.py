@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from qingyu.models.adapt.training import (
     silence,
 )
 
-__all__ = ["Entity", "LabelledText", "TaggedText", "classify", "tag"]
+__all__ = ["Entity", "LabelledText", "TaggedText", "classify", "longest_entities", "tag"]
 
 LEAST_TEXTS = 16
 SCHEDULE = Schedule(epochs=3, learning_rate=5e-5, evaluate_every=200)
@@ -145,6 +145,23 @@ def tag(
         metric="eval_f1",
     )
     return _train_head(task, checkpoint, output, rows, given, share, freeze, max_tokens, batch_size, schedule)
+
+
+def longest_entities(texts: Sequence[TaggedText]) -> tuple[list[TaggedText], int]:
+    """The texts with those entities left out that overlap a longer one, and how many those are.
+
+    Of two of the same length the first stays.
+    """
+    kept = [replace(text, entities=_longest(text.entities)) for text in texts]
+    return kept, sum(len(old.entities) - len(new.entities) for old, new in zip(texts, kept, strict=True))
+
+
+def _longest(entities: Sequence[Entity]) -> tuple[Entity, ...]:
+    chosen: list[Entity] = []
+    for entity in sorted(entities, key=lambda one: (one.start - one.end, one.start)):
+        if all(entity.end <= other.start or other.end <= entity.start for other in chosen):
+            chosen.append(entity)
+    return tuple(sorted(chosen, key=lambda one: one.start))
 
 
 @dataclass(frozen=True)
@@ -392,7 +409,7 @@ def _check_entities(rows: Sequence[tuple[str, Sequence[Entity]]]) -> None:
                     f"text {position} has an entity that cannot be",
                     expected=f"spans within its {len(text)} characters that do not overlap",
                     found=f"{entity.label} from {entity.start} to {entity.end}",
-                    remedy="Correct the row.",
+                    remedy="Correct the row, or leave out those that overlap a longer one (--overlaps longest).",
                 )
             last = entity.end
 
