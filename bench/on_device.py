@@ -32,7 +32,7 @@ __all__ = ["LEAST_SECONDS", "main", "measure", "tuning_of"]
 
 BUDGETS = (128, 256, 512, 1024, 2048)
 LEAST_SECONDS = 5.0
-ROUND_SECONDS = 0.4  # of one setting in one round, about
+ROUND_SHARE = 0.01  # of the time that there is: one setting in one round, about
 LEAST_ROUNDS = 3
 # A setting is worth keeping only if it beats the default by more than rounds differ by anyway.
 WORTH = 1.03
@@ -84,7 +84,7 @@ def measure(model: str, *, seconds: float = 40.0) -> dict[str, Any]:
             "flags": list(cpu_flags()),
             "cpus": available_cpus(),
         }
-        chosen = _as_many_as_take(embedder, texts, ROUND_SECONDS)
+        chosen = _as_many_as_take(embedder, texts, ROUND_SHARE * seconds)
         report = Report()
         embedder.embed(chosen, report=report)
     bulk = _bulk(model, chosen, report.tokens, default, 0.7 * seconds)

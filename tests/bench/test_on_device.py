@@ -23,7 +23,6 @@ def found(tiny_int8):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(on_device, "BUDGETS", (64, 512))
-        patch.setattr(on_device, "ROUND_SECONDS", 0.01)
         patch.setattr(on_device, "LEAST_SECONDS", 0.01)
         return measure(str(tiny_int8), seconds=0.1)
 
