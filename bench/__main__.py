@@ -9,7 +9,7 @@ from importlib import import_module, resources
 __all__ = ["listing", "main", "measurements"]
 
 # Run by others here, not by a user.
-PARTS = {"__main__", "__init__", "child", "emulate_child"}
+PARTS = {"__main__", "__init__", "child", "emulate_child", "reliability_child"}
 
 
 def measurements() -> dict[str, str]:

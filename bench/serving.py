@@ -11,6 +11,7 @@ is refused. Server and client share the machine's CPUs, so the client's own work
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import statistics
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from qingyu.bench.load import (
+    Load,
     Pool,
     RunningServer,
     closed_loop,
@@ -151,17 +153,30 @@ def overload(server: RunningServer, texts: Sequence[str], options: argparse.Name
     )
     for factor in options.factors:
         before = server.resident()
-        load = run_loop(open_loop(server.address, requests, rate=factor * peak, seconds=options.seconds))
+        load, live = run_loop(_loaded(server, requests, factor * peak, options.seconds))
         _print(
             {
                 "measure": "overload",
                 "factor": factor,
                 **load.summary(),
                 "goodput_of_peak": round(load.goodput / peak, 3),
+                "live_p99_ms": live.summary()["p99_ms"],
                 "resident_mb_more": round((server.resident() - before) / 1e6, 1),
             }
         )
         time.sleep(1.0)
+
+
+async def _loaded(
+    server: RunningServer, requests: Sequence[bytes], rate: float, seconds: float
+) -> tuple[Load, Load]:
+    """The load, and twenty questions a second whether the server is live beside it."""
+    live = [b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+    both = await asyncio.gather(
+        open_loop(server.address, requests, rate=rate, seconds=seconds),
+        open_loop(server.address, live, rate=20, seconds=seconds),
+    )
+    return both[0], both[1]
 
 
 def highest_rate(server: RunningServer, requests: Sequence[bytes], *, seconds: float = 3.0) -> float:

@@ -42,6 +42,10 @@ ASYNC = "tests/runtime/test_async_embedder.py"
 CPU = "tests/runtime/test_cpu.py"
 SERVERLESS = "tests/runtime/test_serverless.py"
 WIRE = "tests/runtime/test_wire.py"
+SERVER = "tests/runtime/serve/test_process.py"
+CLIENTS = "tests/runtime/serve/test_bad_clients.py"
+OPENAPI = "tests/runtime/serve/test_openapi.py"
+ROUTES = "tests/runtime/serve/test_routes.py"
 SANDBOX = "tests/bench/test_sandbox.py"
 
 THREATS = (
@@ -409,8 +413,23 @@ THREATS = (
         "fork and the tokenizer's own threads",
         (f"{TOKENS}::test_forked_children_encode_without_a_hang_or_a_word",),
     ),
-    Threat("C8", PROCESS, "SIGTERM with requests in flight", (), (), "see the tests of the server"),
-    Threat("C9", PROCESS, "SIGKILL and restart", (), (4,), "see the tests of the server for its socket"),
+    Threat(
+        "C8",
+        PROCESS,
+        "SIGTERM with requests in flight",
+        (
+            f"{SERVER}::test_fifty_requests_under_way_are_answered_after_sigterm_and_new_ones_refused",
+            f"{SERVER}::test_a_second_signal_and_the_end_of_the_grace_force_the_end",
+        ),
+        (16,),
+    ),
+    Threat(
+        "C9",
+        PROCESS,
+        "SIGKILL and restart",
+        (f"{SERVER}::test_a_unix_socket_is_for_this_user_and_one_that_was_left_is_replaced",),
+        (4,),
+    ),
     Threat(
         "C10",
         PROCESS,
@@ -494,9 +513,16 @@ THREATS = (
         (
             f"{ENGINE}::TestRun::test_a_value_that_is_not_finite_is_refused",
             "tests/models/test_weights.py::test_a_weight_that_is_not_finite_is_refused_and_nothing_is_left",
+            f"{SERVER}::test_numbers_that_are_none_are_500_and_never_json",
         ),
     ),
-    Threat("C19", PROCESS, "a model replaced under load", (), (), "see the tests of the server"),
+    Threat(
+        "C19",
+        PROCESS,
+        "a model replaced under load",
+        (f"{SERVER}::test_a_model_is_replaced_under_load_without_a_failed_or_mixed_answer",),
+        (19,),
+    ),
     Threat(
         "C20",
         PROCESS,
@@ -516,27 +542,51 @@ THREATS = (
             f"{ENGINE}::TestLife::test_close_frees_the_session_even_after_a_kept_error",
         ),
     ),
-    Threat("D1", HTTP, "ten times the load", (), (17,)),
+    Threat(
+        "D1",
+        HTTP,
+        "ten times the load",
+        (f"{SERVER}::test_what_would_wait_too_long_is_refused_fast_and_the_process_stays_live",),
+        (17,),
+    ),
     Threat(
         "D2",
         HTTP,
         "a queue bounded in time",
-        (f"{SCHEDULER}::test_a_call_is_refused_when_what_waits_would_take_longer_than_it_may",),
+        (
+            f"{SCHEDULER}::test_a_call_is_refused_when_what_waits_would_take_longer_than_it_may",
+            f"{SERVER}::test_what_would_wait_too_long_is_refused_fast_and_the_process_stays_live",
+        ),
         (17,),
     ),
     Threat(
         "D3",
         HTTP,
         "exact shedding",
-        (f"{SCHEDULER}::test_one_slot_and_a_queue_of_eight_refuse_exactly_two_of_ten",),
+        (
+            f"{SCHEDULER}::test_one_slot_and_a_queue_of_eight_refuse_exactly_two_of_ten",
+            f"{SERVER}::test_one_slow_request_and_a_queue_of_eight_refuse_exactly_two_of_ten",
+        ),
     ),
-    Threat("D4", HTTP, "clients that send or read slowly", (), (18,)),
+    Threat(
+        "D4",
+        HTTP,
+        "clients that send or read slowly",
+        (
+            f"{CLIENTS}::test_slow_senders_hold_nobody_up_and_are_closed",
+            f"{CLIENTS}::test_a_client_that_never_reads_is_closed",
+            f"{CLIENTS}::test_what_does_not_arrive_in_time_is_408_and_closed",
+        ),
+        (18,),
+    ),
     Threat(
         "D5",
         HTTP,
         "bodies that are too large or compressed",
         (
-            f"{SERVERLESS}::test_a_mistake_has_its_status_and_says_what_was_expected",
+            f"{CLIENTS}::test_a_body_over_the_limit_is_refused_before_it_is_sent",
+            f"{CLIENTS}::test_an_endless_chunked_body_is_cut_off_while_it_is_sent",
+            f"{CLIENTS}::test_only_plain_json_is_taken",
             f"{SERVERLESS}::test_wsgi_reads_no_more_than_the_limit_and_sends_no_body_to_head",
             f"{SERVERLESS}::test_a_compressed_body_is_refused",
         ),
@@ -549,25 +599,89 @@ THREATS = (
         (
             f"{WIRE}::test_what_is_not_one_strict_json_object_is_400",
             f"{WIRE}::test_any_object_is_a_request_or_a_refusal",
+            f"{CLIENTS}::test_a_bad_body_is_400_or_422_with_a_body_that_says_so",
         ),
     ),
     Threat(
         "D7",
         HTTP,
         "limits",
-        (f"{SERVERLESS}::test_a_mistake_has_its_status_and_says_what_was_expected",),
+        (
+            f"{CLIENTS}::test_none_the_limit_and_one_more",
+            f"{OPENAPI}::test_a_body_is_read_exactly_if_its_schema_allows_it",
+            f"{OPENAPI}::test_the_table_of_statuses_in_the_documentation_is_that_of_the_code",
+            f"{SERVERLESS}::test_a_mistake_has_its_status_and_says_what_was_expected",
+        ),
     ),
-    Threat("D8", HTTP, "fuzzed requests", (f"{WIRE}::test_any_bytes_are_an_object_or_400",)),
-    Threat("D9", HTTP, "kept connections that end as a request comes", (), (), "see the server"),
-    Threat("D10", HTTP, "clients that leave", (), (15,)),
-    Threat("D11", HTTP, "health and readiness", (), (), "see the server"),
-    Threat("D12", HTTP, "smuggling, headers", (), (18,)),
-    Threat("D13", HTTP, "texts and secrets in logs", (), (), "see the server"),
+    Threat(
+        "D8",
+        HTTP,
+        "fuzzed requests",
+        (
+            f"{OPENAPI}::test_schemathesis_finds_nothing",
+            f"{CLIENTS}::test_what_is_not_http_is_400_and_closed",
+            f"{WIRE}::test_any_bytes_are_an_object_or_400",
+        ),
+    ),
+    Threat(
+        "D9",
+        HTTP,
+        "kept connections that end as a request comes",
+        (),
+        (),
+        "not tried: connections are kept for 75 s, which is longer than the usual 60 s of load balancers",
+    ),
+    Threat(
+        "D10",
+        HTTP,
+        "clients that leave",
+        (f"{SERVER}::test_a_client_that_leaves_is_not_computed_for",),
+        (15,),
+    ),
+    Threat(
+        "D11",
+        HTTP,
+        "health and readiness",
+        (
+            f"{SERVER}::test_live_at_once_ready_when_the_models_are",
+            f"{SERVER}::test_what_would_wait_too_long_is_refused_fast_and_the_process_stays_live",
+        ),
+    ),
+    Threat(
+        "D12",
+        HTTP,
+        "smuggling, headers",
+        (
+            f"{CLIENTS}::test_what_is_not_http_is_400_and_closed",
+            f"{CLIENTS}::test_headers_of_64_kilobytes_are_431_and_closed",
+            f"{CLIENTS}::test_requests_behind_each_other_are_answered_in_order",
+        ),
+        (18,),
+    ),
+    Threat(
+        "D13",
+        HTTP,
+        "texts and secrets in logs",
+        (
+            f"{ROUTES}::test_the_log_has_a_line_for_each_request_and_no_text",
+            f"{ROUTES}::test_a_request_id_comes_back_only_if_it_is_plain",
+        ),
+    ),
     Threat(
         "D14",
         HTTP,
         "exposure",
-        (f"{SERVERLESS}::test_with_a_key_only_its_bearer_is_answered_and_health_is_free",),
+        (
+            f"{SERVER}::test_keys_are_asked_for_but_for_health_page_and_openapi",
+            f"{SERVER}::test_a_unix_socket_is_for_this_user_and_one_that_was_left_is_replaced",
+            f"{SERVERLESS}::test_with_a_key_only_its_bearer_is_answered_and_health_is_free",
+        ),
     ),
-    Threat("D15", HTTP, "draining with idle connections", (), (16,)),
+    Threat(
+        "D15",
+        HTTP,
+        "draining with idle connections",
+        (f"{SERVER}::test_idle_connections_do_not_hold_the_end_up",),
+        (16,),
+    ),
 )

@@ -17,7 +17,7 @@ from qingyu.runtime.embedder import BUNDLED, Embedder, LongText
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.engines import EngineName
 from qingyu.runtime.onnxruntime_engine import Profile
-from qingyu.runtime.scheduler import Scheduler, Timing
+from qingyu.runtime.scheduler import Lane, Scheduler, Timing
 from qingyu.runtime.scripts import Script
 from qingyu.runtime.spec import ModelSpec
 from qingyu.runtime.task import Report, listed
@@ -69,8 +69,8 @@ class AsyncEmbedder:
         self._scheduler = Scheduler(
             embedder.plan.workers, max_wait=max_wait, max_queue=max_queue, max_delay=max_delay
         )
-        self._lane = self._scheduler.lane(
-            embedder.spec.name, embedder.run_rows, token_budget=embedder.plan.token_budget
+        self._lane = self._scheduler.add(
+            Lane(embedder.spec.name, embedder.run_rows, embedder.plan.token_budget)
         )
 
     @classmethod

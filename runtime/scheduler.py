@@ -163,7 +163,11 @@ class _Rate:
 
 @dataclass(eq=False)
 class Lane:
-    """One model's rows: how to run them, what waits, and what came of it. Made by ``Scheduler.lane``."""
+    """One model's rows: what waits, what came of it, and how to run them.
+
+    ``run`` is called in a worker's thread with rows of at most ``token_budget`` tokens, padding counted, or with one
+    row, and gives a value for each in their order.
+    """
 
     name: str
     run: Callable[[Sequence[Any]], Sequence[Any]]
@@ -223,12 +227,8 @@ class Scheduler:
         self._idle: asyncio.Event | None = None
         self._closed = False
 
-    def lane(self, name: str, run: Callable[[Sequence[Any]], Sequence[Any]], *, token_budget: int) -> Lane:
-        """A way to run rows of one model in micro-batches of ``token_budget`` tokens, padding counted.
-
-        ``run`` is called in a worker's thread and gives a value for each row, in their order.
-        """
-        lane = Lane(name, run, token_budget)
+    def add(self, lane: Lane) -> Lane:
+        """From now on, run the lane's rows."""
         self._lanes.append(lane)
         return lane
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from qingyu.errors import ClosedError, InputError, MemoryBudgetError, OperatorError, QingyuError
 from qingyu.runtime.engine import Floats
 
 __all__ = [
@@ -22,17 +21,12 @@ __all__ = [
     "Limits",
     "Reply",
     "RequestError",
-    "Style",
     "embeddings_openai",
     "embeddings_tei",
     "parse_json",
     "read_openai",
     "read_tei",
-    "refusal",
-    "refusal_of",
 ]
-
-Style = Literal["openai", "tei"]
 
 JSON_TYPE = "application/json"
 
@@ -68,24 +62,27 @@ class Reply:
 
 
 class RequestError(Exception):
-    """A request that gets no answer but an HTTP status and a message; ``parameter`` names the field at fault."""
+    """A request that gets no answer but a refusal: a ``code`` for programs, and a message for people.
+
+    ``parameter`` names the field at fault.
+    """
 
     def __init__(
         self,
-        status: int,
+        code: str,
         message: str,
         *,
         parameter: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
+        self.code = code
         self.parameter = parameter
         self.headers = headers or {}
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object that a body holds; ``RequestError`` with 400 for anything but one object in strict JSON and UTF-8.
+    """The object that a body holds; ``RequestError`` for anything but one object in strict JSON and UTF-8.
 
     >>> parse_json(b'{"input": "a"}')
     {'input': 'a'}
@@ -94,9 +91,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         # Not the parser's own words where they quote the body.
-        raise RequestError(400, f"the body is not JSON in UTF-8: {_defect(error)}") from None
+        raise RequestError("invalid_json", f"the body is not JSON in UTF-8: {_defect(error)}") from None
     if not isinstance(value, dict):
-        raise RequestError(400, f"the body holds {_kind(value)} instead of a JSON object")
+        raise RequestError("invalid_json", f"the body holds {_kind(value)} instead of a JSON object")
     return value
 
 
@@ -124,10 +121,10 @@ def read_openai(document: Mapping[str, Any], limits: Limits) -> EmbeddingRequest
 def read_tei(document: Mapping[str, Any], limits: Limits) -> EmbeddingRequest:
     """The request of ``POST /embed`` as text-embeddings-inference defines it; ``RequestError`` names the wrong field.
 
-    Fields: ``inputs``, ``normalize``, ``truncate``, ``truncation_direction`` ("right" only), ``prompt_name`` and
-    ``dimensions``. A text over the model's limit is refused unless ``truncate`` is true, as there.
+    Fields: ``inputs``, ``normalize``, ``truncate``, ``truncation_direction`` ("right" only), ``prompt_name``,
+    ``dimensions`` and ``model``. A text over the model's limit is refused unless ``truncate`` is true, as there.
     """
-    known = ("inputs", "normalize", "truncate", "truncation_direction", "prompt_name", "dimensions")
+    known = ("inputs", "normalize", "truncate", "truncation_direction", "prompt_name", "dimensions", "model")
     _only(document, known)
     direction = document.get("truncation_direction", "right")
     if not isinstance(direction, str) or direction.lower() != "right":
@@ -142,7 +139,7 @@ def read_tei(document: Mapping[str, Any], limits: Limits) -> EmbeddingRequest:
 
 
 def embeddings_openai(
-    vectors: Floats, *, model: str, tokens: int, encoding: Literal["float", "base64"]
+    vectors: Floats, *, model: str, fingerprint: str, tokens: int, encoding: Literal["float", "base64"]
 ) -> bytes:
     """The body of an answer to ``/v1/embeddings``; base64 is of little-endian float32, as the clients expect."""
     rows = _base64(vectors) if encoding == "base64" else _decimals(vectors)
@@ -150,7 +147,8 @@ def embeddings_openai(
         f'{{"object":"embedding","index":{number},"embedding":{row}}}' for number, row in enumerate(rows)
     )
     usage = f'{{"prompt_tokens":{tokens},"total_tokens":{tokens}}}'
-    text = f'{{"object":"list","data":[{data}],"model":{json.dumps(model)},"usage":{usage}}}'
+    text = f'{{"object":"list","data":[{data}],"model":{json.dumps(model)},"fingerprint":"{fingerprint}",'
+    text += f'"usage":{usage}}}'
     return text.encode("ascii")
 
 
@@ -172,54 +170,19 @@ def _base64(vectors: Floats) -> list[str]:
     return [f'"{base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")}"' for row in vectors]
 
 
-# What a typed error means to an HTTP client; the first kind that fits.
-STATUS: tuple[tuple[type[QingyuError], int], ...] = (
-    (InputError, 422),
-    (MemoryBudgetError, 503),
-    (ClosedError, 503),
-    (OperatorError, 500),
-    (QingyuError, 500),
-)
-
-
-def refusal_of(error: QingyuError, style: Style) -> Reply:
-    """The answer for one of our errors: 422 where the request must change, 503 where later may be better, or 500.
-
-    OpenAI's clients expect 400 for the first. A message of 422 is the error's own; of what is wrong inside only the
-    kind is told, for its message names paths.
-    """
-    status = next(status for kind, status in STATUS if isinstance(error, kind))
-    message = str(error) if status == 422 else f"the model cannot answer: {type(error).__name__}, see the log"
-    return refusal(RequestError(status, message), style)
-
-
-def refusal(refused: RequestError, style: Style) -> Reply:
-    """The answer in the form that clients of an API expect for a status and a message."""
-    document: dict[str, Any]
-    status = 400 if style == "openai" and refused.status == 422 else refused.status
-    if style == "openai":
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        inner = {"message": str(refused), "type": kind, "param": refused.parameter, "code": None}
-        document = {"error": inner}
-    else:
-        document = {"error": str(refused), "error_type": TEI_TYPES.get(status, "validation")}
-    body = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
-    return Reply(status, body, {"content-type": JSON_TYPE, **refused.headers})
-
-
-TEI_TYPES: Mapping[int, str] = {429: "overloaded", 500: "backend", 503: "unhealthy"}
-
-
 def _texts(document: Mapping[str, Any], name: str, limits: Limits) -> tuple[str, ...]:
     value = document.get(name)
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list):
         _refuse(name, "a string or a list of strings", value)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            _refuse(f"{name}[{place}]", "a string", text)
     if not texts:
-        raise RequestError(422, f"{name}: expected at least one text, found none", parameter=name)
+        raise RequestError("empty_input", f"{name}: expected at least one text, found none", parameter=name)
     if len(texts) > limits.texts:
         message = f"{name}: expected at most {limits.texts} texts, found {len(texts)}"
-        raise RequestError(413, message, parameter=name)
+        raise RequestError("too_many_inputs", message, parameter=name)
     return tuple(texts)
 
 
@@ -244,11 +207,13 @@ def _only(document: Mapping[str, Any], known: Sequence[str]) -> None:
         if name not in known:
             shown = name if len(name) <= 40 else name[:37] + "..."
             message = f"unknown field {shown!r}: expected fields among {', '.join(known)}"
-            raise RequestError(422, message, parameter=shown)
+            raise RequestError("invalid_request", message, parameter=shown)
 
 
 def _refuse(name: str, expected: str, found: object) -> NoReturn:
-    raise RequestError(422, f"{name}: expected {expected}, found {_kind(found)}", parameter=name)
+    raise RequestError(
+        "invalid_request", f"{name}: expected {expected}, found {_kind(found)}", parameter=name
+    )
 
 
 def _kind(value: object) -> str:

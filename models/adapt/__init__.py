@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from qingyu.models.adapt.contrast import FULL, LOW_RANK, Example, contrast
 from qingyu.models.adapt.distil import ScoredPair, distil
-from qingyu.models.adapt.heads import SCHEDULE, Entity, LabelledText, TaggedText, classify, tag
+from qingyu.models.adapt.heads import (
+    SCHEDULE,
+    Entity,
+    LabelledText,
+    TaggedText,
+    classify,
+    longest_entities,
+    tag,
+)
 from qingyu.models.adapt.student import prune_vocabulary
 from qingyu.models.adapt.texts import training_texts
 from qingyu.models.adapt.training import Schedule, Trained
@@ -27,6 +35,7 @@ __all__ = [
     "classify",
     "contrast",
     "distil",
+    "longest_entities",
     "prune_vocabulary",
     "schedule_of",
     "tag",

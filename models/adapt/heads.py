@@ -7,15 +7,16 @@ made of them here. Not here: running a head (``qingyu.runtime``), and the run's 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qingyu.errors import InputError, InvalidOptionError
+from qingyu.errors import InputError, InvalidOptionError, TruncationWarning
 from qingyu.models.adapt.student import checked_config
 from qingyu.models.adapt.teacher import texts_digest
 from qingyu.models.adapt.training import (
@@ -29,7 +30,7 @@ from qingyu.models.adapt.training import (
     silence,
 )
 
-__all__ = ["Entity", "LabelledText", "TaggedText", "classify", "tag"]
+__all__ = ["Entity", "LabelledText", "TaggedText", "classify", "longest_entities", "tag"]
 
 LEAST_TEXTS = 16
 SCHEDULE = Schedule(epochs=3, learning_rate=5e-5, evaluate_every=200)
@@ -145,6 +146,23 @@ def tag(
         metric="eval_f1",
     )
     return _train_head(task, checkpoint, output, rows, given, share, freeze, max_tokens, batch_size, schedule)
+
+
+def longest_entities(texts: Sequence[TaggedText]) -> tuple[list[TaggedText], int]:
+    """The texts with those entities left out that overlap a longer one, and how many those are.
+
+    Of two of the same length the first stays.
+    """
+    kept = [replace(text, entities=_longest(text.entities)) for text in texts]
+    return kept, sum(len(old.entities) - len(new.entities) for old, new in zip(texts, kept, strict=True))
+
+
+def _longest(entities: Sequence[Entity]) -> tuple[Entity, ...]:
+    chosen: list[Entity] = []
+    for entity in sorted(entities, key=lambda one: (one.start - one.end, one.start)):
+        if all(entity.end <= other.start or other.end <= entity.start for other in chosen):
+            chosen.append(entity)
+    return tuple(sorted(chosen, key=lambda one: one.start))
 
 
 @dataclass(frozen=True)
@@ -271,6 +289,7 @@ def _classified(
     from datasets import Dataset
 
     encoded = tokenizer([text for text, _ in rows], truncation=True, max_length=max_tokens)
+    _warn_of_cut(encoded, max_tokens)
     number = {label: position for position, label in enumerate(labels)}
     return Dataset.from_dict({**encoded, "labels": [number[label] for _, label in rows]})
 
@@ -287,9 +306,22 @@ def _tagged(
         [text for text, _ in rows], truncation=True, max_length=max_tokens, return_offsets_mapping=True
     )
     number = {label: position for position, label in enumerate(labels)}
+    _warn_of_cut(encoded, max_tokens)
     offsets = encoded.pop("offset_mapping")
     tags = [token_labels(spans, entities, number) for spans, (_, entities) in zip(offsets, rows, strict=True)]
     return Dataset.from_dict({**encoded, "labels": tags})
+
+
+def _warn_of_cut(encoded: Any, max_tokens: int) -> None:  # noqa: ANN401 - a class of an optional dependency
+    """``TruncationWarning`` where texts are longer than what is trained on."""
+    cut = sum(bool(one.overflowing) for one in encoded.encodings or ())
+    if cut:
+        warnings.warn(
+            f"{cut:,} of {len(encoded.encodings):,} texts were cut at {max_tokens} tokens: the rest of them is not "
+            "trained on, nor measured. A larger max_tokens (--max-tokens) reads more of them.",
+            TruncationWarning,
+            stacklevel=2,
+        )
 
 
 def token_labels(
@@ -392,7 +424,7 @@ def _check_entities(rows: Sequence[tuple[str, Sequence[Entity]]]) -> None:
                     f"text {position} has an entity that cannot be",
                     expected=f"spans within its {len(text)} characters that do not overlap",
                     found=f"{entity.label} from {entity.start} to {entity.end}",
-                    remedy="Correct the row.",
+                    remedy="Correct the row, or leave out those that overlap a longer one (--overlaps longest).",
                 )
             last = entity.end
 

@@ -114,6 +114,8 @@ class App:
             self.log("fault", level="error", id=call.id, error=f"{type(error).__name__}: {error}")
         try:
             await _send(send, scope, self._with_headers(reply, call, route))
+        except (OSError, RuntimeError):  # of a connection that broke just now
+            self.telemetry.cancelled()
         finally:
             self.telemetry.in_flight -= 1
             self._note(route, reply, call, code, begun)

@@ -42,6 +42,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.gate: Gate = self.app.gate
         self._deadline: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
+        self._answering: RequestResponseCycle | None = None  # not ``cycle`` while others wait behind it
         self._head_bytes = 0
         self._body_bytes = 0
         self._own: RequestResponseCycle | None = None  # of the request that is arriving
@@ -73,12 +74,13 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection; nobody waits for what it asked for."""
         self._set_deadline(None)
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         super().connection_lost(exc)
         if self._task is not None and not self._task.done():
             self._task.cancel()
-        for cycle, _ in self.pipeline:
-            cycle.disconnected = True
-        self.pipeline.clear()
+        self.pipeline.clear()  # those are never answered
 
     # What the parser calls.
 
@@ -111,6 +113,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._set_deadline(self.gate.body_seconds)
         names = [name for name, _ in self.headers]
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1") or (names.count(b"host") != 1 and version == "1.1"):
+            self._refuse("bad_request", "expected an HTTP/1.1 request to one host")
+            return
         if b"transfer-encoding" in names and b"content-length" in names:
             # Two lengths are how requests are smuggled past a proxy that believes the other one.
             self._refuse("bad_request", "expected one of Content-Length and Transfer-Encoding, found both")
@@ -157,6 +163,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse("bad_request", "expected an HTTP/1.1 request")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
+        self._answering = cycle
         self._task = self.loop.create_task(cycle.run_asgi(app))
         self._task.add_done_callback(self.tasks.discard)
         self.tasks.add(self._task)

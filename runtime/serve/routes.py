@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -308,6 +309,16 @@ def _openapi_of(max_inputs: int, keyed: bool) -> bytes:
     return _json(document(max_inputs=max_inputs, keys=keyed))
 
 
+async def page(service: Service, asked: Mapping[str, Any], call: Call) -> bytes:
+    """The page to try models on: one file, which loads nothing from elsewhere."""
+    return _page()
+
+
+@lru_cache(maxsize=1)
+def _page() -> bytes:
+    return resources.files("qingyu.runtime.serve").joinpath("page.html").read_bytes()
+
+
 class _using:  # noqa: N801 - used as a statement
     """Within the block the model stays open, and the call knows it."""
 
@@ -536,6 +547,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "GET", "/info", "What is served, and within which limits", info, refusals=("not_ready", "draining")
     ),
+    Route("GET", "/", "A page to try the models on", page, key=False, media="text/html; charset=utf-8"),
     Route("GET", "/stats", "Queue, speed and memory now, for the page", stats),
     Route(
         "GET", "/metrics", "Metrics for Prometheus", metrics, media="text/plain; version=0.0.4; charset=utf-8"

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from qingyu.errors import ListenError, QingyuError
 from qingyu.runtime.serve.app import App, Keys
 from qingyu.runtime.serve.protocol import Gate, LimitedProtocol
 from qingyu.runtime.serve.service import Configuration, Served, Service
-from qingyu.runtime.serve.telemetry import Log, Telemetry
+from qingyu.runtime.serve.telemetry import Log, LogHandler, Telemetry
 
 __all__ = ["ServerSettings", "serve"]
 
@@ -56,12 +58,17 @@ def serve(configuration: Configuration, settings: ServerSettings) -> int:
     listener = _unix_listener(settings.unix_socket) if settings.unix_socket else _listener(settings)
     sys.setswitchinterval(SWITCH_SECONDS)
     log = Log()
+    handler = LogHandler(log)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of each bad request
+    warnings.showwarning = lambda message, *_, **__: log("warning", level="warning", message=str(message))
     try:
         return _run(_Process(configuration, settings, listener, log).run())
     finally:
         listener.close()
         if settings.unix_socket:
             Path(settings.unix_socket).unlink(missing_ok=True)
+        logging.getLogger().removeHandler(handler)
         log.close()
 
 
@@ -76,6 +83,7 @@ class _Process:
         self._log = log
         self._telemetry = Telemetry()
         self._service = Service(configuration, self._telemetry)
+        self._service.on_freed = lambda name: log("freed", model=name)
         app = App(self._service, self._telemetry, log, Keys(settings.keys))
         app.gate = Gate(
             max_body=configuration.max_body,
@@ -103,7 +111,6 @@ class _Process:
         )
         self._telemetry.connections = lambda: len(self._server.server_state.connections)
         self._signals = 0
-        self._code = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
@@ -122,8 +129,8 @@ class _Process:
             opening.cancel()
             await asyncio.gather(serving, opening, return_exceptions=True)
             await self._service.close()
-        self._log("stopped", code=self._code)
-        return self._code
+        self._log("stopped", code=0)
+        return 0
 
     async def _open(self) -> None:
         await self._service.open()
@@ -148,8 +155,7 @@ class _Process:
         self._signals += 1
         if self._signals > 1:
             self._log("forced", level="warning", signal=number, unanswered=self._telemetry.in_flight)
-            self._log.close()
-            os._exit(128 + number)
+            self._leave(128 + number)
         self._service.draining = True
         self._log("draining", signal=number, unanswered=self._telemetry.in_flight)
         self._keep(self._drain())
@@ -161,12 +167,17 @@ class _Process:
         end = asyncio.get_running_loop().time() + self._settings.grace
         while self._telemetry.in_flight > 0:
             if asyncio.get_running_loop().time() >= end:
-                self._code = UNANSWERED
                 self._log("grace ended", level="error", unanswered=self._telemetry.in_flight)
-                self._server.force_exit = True
-                break
+                self._leave(UNANSWERED)
             await asyncio.sleep(0.01)
         self._server.should_exit = True
+
+    def _leave(self, code: int) -> None:
+        """End now: a run under way cannot be interrupted, and may never end."""
+        if self._settings.unix_socket:
+            Path(self._settings.unix_socket).unlink(missing_ok=True)
+        self._log.close()
+        os._exit(code)
 
     def _reload(self, number: int) -> None:
         self._keep(self._open_again())

@@ -64,6 +64,20 @@ class Served:
         """What it does."""
         return self.model.spec.task
 
+    def join(self, scheduler: Scheduler) -> None:
+        """Have the rows of its requests run."""
+        for lane in self._lanes:
+            scheduler.add(lane)
+
+    def leave(self, scheduler: Scheduler) -> None:
+        """The opposite, when it has no requests."""
+        for lane in self._lanes:
+            scheduler.remove(lane)
+
+    @property
+    def _lanes(self) -> list[Lane]:
+        return [lane for lane in (self.lane, self.states) if lane is not None]
+
     def fingerprint(
         self, *, prompt: str | None = None, dim: int | None = None, normalize: bool | None = None
     ) -> str:
@@ -105,6 +119,7 @@ class Service:
         self.draining = False
         self.scheduler: Scheduler | None = None
         self.started = time.monotonic()
+        self.on_freed: Callable[[str], None] = lambda name: None
         self._served: dict[str, Served] = {}
         self._prepare = Preparer()
         self._changing = asyncio.Lock()
@@ -135,7 +150,9 @@ class Service:
             on_batch=self.telemetry.batch,
         )
         for name, model in opened:
-            self._served[name] = await loop.run_in_executor(None, self._warm, scheduler, name, model)
+            served = await loop.run_in_executor(None, _warm, name, model)
+            served.join(scheduler)
+            self._served[name] = served
         self.scheduler = scheduler
 
     async def reload(self) -> list[Reloaded]:
@@ -215,19 +232,6 @@ class Service:
             raise
         return model
 
-    def _warm(self, scheduler: Scheduler, name: str, model: TaskModel) -> Served:
-        budget = model.plan.token_budget
-        lane = scheduler.lane(name, model.run_rows, token_budget=budget)
-        states = None
-        if isinstance(model, Embedder) and "token_states" in model.spec.outputs:
-            states = scheduler.lane(name, model.run_token_states, token_budget=budget)
-            states.rate = lane.rate
-        rows = _sample(model)
-        model.run_rows(rows)  # slower than any other
-        for _ in range(3):
-            lane.measure(rows)
-        return Served(name, model, lane, states)
-
     async def _replace(self, name: str) -> Reloaded:
         loop = asyncio.get_running_loop()
         assert self.scheduler is not None
@@ -237,9 +241,10 @@ class Service:
             if model.spec.task != old.task:
                 await loop.run_in_executor(None, model.close)
                 return Reloaded(name, changed=False, error=_another_task(name, old.task, model.spec.task))
-            new = await loop.run_in_executor(None, self._warm, self.scheduler, name, model)
+            new = await loop.run_in_executor(None, _warm, name, model)
         except QingyuError as error:
             return Reloaded(name, changed=False, error=error)
+        new.join(self.scheduler)
         self._served[name] = new
         old.retired = True
         self._free_if_unused(old)
@@ -253,20 +258,35 @@ class Service:
             await asyncio.sleep(REPLACED_SECONDS)  # the folder may have been replaced in between
             return await loop.run_in_executor(None, self._opened, source)
 
+    async def _freed(self, served: Served) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, served.model.close)
+        self.on_freed(served.name)
+
     def _free_if_unused(self, served: Served) -> None:
         if not served.retired or served.users > 0 or self.scheduler is None:
             return
-        for lane in (served.lane, served.states):
-            if lane is not None:
-                self.scheduler.remove(lane)
+        served.leave(self.scheduler)
         served.retired = False  # once
-        task = asyncio.ensure_future(_closed(served.model))
+        task = asyncio.ensure_future(self._freed(served))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
 
-async def _closed(model: TaskModel) -> None:
-    await asyncio.get_running_loop().run_in_executor(None, model.close)
+def _warm(name: str, model: TaskModel) -> Served:
+    """The model, having run; closed if it cannot."""
+    lane = Lane(name, model.run_rows, model.plan.token_budget)
+    states = None
+    if isinstance(model, Embedder) and "token_states" in model.spec.outputs:
+        states = Lane(name, model.run_token_states, model.plan.token_budget, rate=lane.rate)
+    try:
+        rows = _sample(model)
+        model.run_rows(rows)  # slower than any other
+        for _ in range(3):
+            lane.measure(rows)
+    except BaseException:
+        model.close()
+        raise
+    return Served(name, model, lane, states)
 
 
 def _another_task(name: str, expected: Task, found: Task) -> QingyuError:
@@ -285,7 +305,7 @@ def _sample(model: TaskModel) -> Sequence[Any]:
     if isinstance(model, Embedder):
         return model.prepare([WARM_UP]).rows
     if isinstance(model, FillMask):
-        return model.prepare([WARM_UP + model.mask_token]).rows
+        return model.prepare([model.mask_token + WARM_UP]).rows
     if isinstance(model, QuestionAnswerer):
         return model.prepare([("天气怎么样", WARM_UP)]).rows
     if isinstance(model, (SequenceModel, TokenClassifier)):

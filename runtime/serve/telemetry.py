@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import json
+import logging
 import queue
 import statistics
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
 from qingyu.runtime.scheduler import Batch
@@ -24,7 +25,7 @@ from qingyu.runtime.scheduler import Batch
 if TYPE_CHECKING:
     from qingyu.runtime.serve.service import Service
 
-__all__ = ["Log", "Telemetry"]
+__all__ = ["Log", "LogHandler", "Telemetry"]
 
 LOG_LINES = 10_000  # that may wait to be written
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -79,10 +80,26 @@ class Log:
                 return
 
 
+class LogHandler(logging.Handler):
+    """Gives what libraries log to a ``Log``, in a line of its own."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line; the trace of an exception is left to its last words."""
+        error = record.exc_info[1] if record.exc_info else None
+        words = record.getMessage() if error is None else f"{record.getMessage()}: {error!r}"
+        self._log("library", level=record.levelname.lower(), logger=record.name, message=words)
+
+
 class Telemetry:
     """Counts what happens. All calls are of the event loop's thread but ``exposition``."""
 
     def __init__(self) -> None:
+        # When a counter began is of no use here, and doubles the text.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.service: Service | None = None
         self.connections: Callable[[], int] = lambda: 0

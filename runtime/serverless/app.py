@@ -17,10 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qingyu.errors import InvalidOptionError, QingyuError
+from qingyu.errors import InputError, InvalidOptionError, QingyuError
 from qingyu.runtime import wire
 from qingyu.runtime.engine import Floats
-from qingyu.runtime.wire import Limits, Reply, RequestError, Style
+from qingyu.runtime.fingerprint import fingerprint
+from qingyu.runtime.serverless.refusals import Style, refusal, refusal_of
+from qingyu.runtime.wire import Limits, Reply, RequestError
 
 if TYPE_CHECKING:
     from qingyu.runtime.embedder import Embedder
@@ -109,27 +111,27 @@ class App:
         style: Style = "openai" if route is not None and route.startswith("/v1/") else "tei"
         try:
             return self._answer(request, route)
-        except RequestError as refused:
-            return wire.refusal(refused, style)
+        except RequestError as wrong:
+            return refusal(wrong, style)
         except QingyuError as error:
-            answer = wire.refusal_of(error, style)
-            if answer.status >= 500:
+            if not isinstance(error, InputError):
                 print(f"qingyu: {error}", file=sys.stderr)  # noqa: T201 - the platforms' log
-            return answer
+            return refusal_of(error, style)
 
     def _answer(self, request: Request, route: str | None) -> Reply:
         if route is None:
-            raise RequestError(404, f"no such path: expected one of {', '.join(ROUTES)}")
+            raise RequestError("not_found", f"no such path: expected one of {', '.join(ROUTES)}")
         method, needs_key, answer = ROUTES[route]
         if request.method.upper() != method and (request.method.upper(), method) != ("HEAD", "GET"):
-            raise RequestError(405, f"{route} takes {method}", headers={"allow": method})
+            raise RequestError("method_not_allowed", f"{route} takes {method}", headers={"allow": method})
         if needs_key:
             self._check_key(request.headers.get("authorization", ""))
         reply = answer(self, request)
         if len(reply.body) > self._settings.limits.reply_bytes:
             most = self._settings.limits.reply_bytes
             raise RequestError(
-                413, f"the answer would take {len(reply.body)} bytes of {most}: send fewer texts"
+                "too_many_inputs",
+                f"the answer would take {len(reply.body)} bytes of {most}: send fewer texts",
             )
         return reply
 
@@ -138,7 +140,9 @@ class App:
         # In constant time, and of bytes: strings that are not ASCII would be refused by an exception.
         if key is not None and not hmac.compare_digest(_octets(sent), _octets(f"Bearer {key}")):
             raise RequestError(
-                401, "expected the API key as a bearer token", headers={"www-authenticate": "Bearer"}
+                "unauthorized",
+                "expected the API key as a bearer token",
+                headers={"www-authenticate": "Bearer"},
             )
 
     def _model(self) -> Embedder:
@@ -156,18 +160,27 @@ class App:
     def _openai(self, request: Request) -> Reply:
         asked = wire.read_openai(self._document(request), self._settings.limits)
         vectors, tokens = self._embed(asked)
-        name = self._model().spec.name
-        return _json(wire.embeddings_openai(vectors, model=name, tokens=tokens, encoding=asked.encoding))
+        model = self._model()
+        name = fingerprint(model.spec, prompt=asked.prompt, dim=asked.dim, normalize=asked.normalize)
+        body = wire.embeddings_openai(
+            vectors, model=model.spec.name, fingerprint=name, tokens=tokens, encoding=asked.encoding
+        )
+        return _json(body, name)
 
     def _tei(self, request: Request) -> Reply:
         asked = wire.read_tei(self._document(request), self._settings.limits)
-        return _json(wire.embeddings_tei(self._embed(asked)[0]))
+        vectors, _ = self._embed(asked)
+        spec = self._model().spec
+        name = fingerprint(spec, prompt=asked.prompt, dim=asked.dim, normalize=asked.normalize)
+        return _json(wire.embeddings_tei(vectors), name)
 
     def _document(self, request: Request) -> dict[str, object]:
         if request.headers.get("content-encoding", "identity") != "identity":
-            raise RequestError(415, "expected a body that is not compressed")
+            raise RequestError("unsupported_media_type", "expected a body that is not compressed")
         if len(request.body) > self._settings.limits.body_bytes:
-            raise RequestError(413, f"expected a body of at most {self._settings.limits.body_bytes} bytes")
+            raise RequestError(
+                "body_too_large", f"expected a body of at most {self._settings.limits.body_bytes} bytes"
+            )
         return wire.parse_json(request.body)
 
     def _embed(self, asked: wire.EmbeddingRequest) -> tuple[Floats, int]:
@@ -198,6 +211,7 @@ class App:
                 {
                     "model_id": spec.name,
                     "model_sha256": spec.files[spec.graph].sha256,
+                    "fingerprint": fingerprint(spec),
                     "precision": spec.precision,
                     "dimensions": spec.dim,
                     "pooling": spec.pooling,
@@ -233,8 +247,11 @@ def _octets(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _json(body: bytes) -> Reply:
-    return Reply(200, body, {"content-type": wire.JSON_TYPE})
+def _json(body: bytes, space: str | None = None) -> Reply:
+    headers = {"content-type": wire.JSON_TYPE}
+    if space is not None:
+        headers["x-qingyu-fingerprint"] = space
+    return Reply(200, body, headers)
 
 
 def _bytes(document: object) -> bytes:

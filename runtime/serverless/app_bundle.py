@@ -319,7 +319,7 @@ def _own_files(target: Target, server: bool) -> Iterator[_File]:
     for name, folder in folders.items():
         for path in sorted(folder.iterdir()):
             place = f"{name}/{path.name}"
-            if path.is_file() and any(fnmatch.fnmatchcase(place, pattern) for pattern in wanted):
+            if path.is_file() and any(PurePosixPath(place).match(pattern) for pattern in wanted):
                 yield _File(place, path)
     for path in _licences():
         yield _File(f"qingyu-licenses/{path.name}", path)

@@ -14,7 +14,8 @@ from http import HTTPStatus
 from typing import Any
 
 from qingyu.runtime.serverless.app import App, Request
-from qingyu.runtime.wire import Reply, RequestError, refusal
+from qingyu.runtime.serverless.refusals import refusal
+from qingyu.runtime.wire import Reply, RequestError
 
 __all__ = ["answer_event", "answer_wsgi", "read_event"]
 
@@ -34,19 +35,19 @@ def answer_event(app: App, event: object) -> dict[str, Any]:
 
 
 def read_event(event: object) -> Request:
-    """The HTTP request in an event; ``RequestError`` with 400 for what is none.
+    """The HTTP request in an event; ``RequestError`` of 400 for what is none.
 
     Formats with ``requestContext.http`` (Lambda 2.0, FC 3.0) differ from the others (Lambda 1.0, ALB, SCF) in where
     method and path are. A header that came several times is joined by commas, as HTTP allows.
     """
     if not isinstance(event, Mapping):
-        raise RequestError(400, "expected an event of an HTTP request")
+        raise RequestError("bad_request", "expected an event of an HTTP request")
     context = _mapping(event.get("requestContext"))
     http = _mapping(context.get("http"))
     method = http.get("method") or event.get("httpMethod")
     path = event.get("rawPath") or http.get("path") or event.get("path")
     if not isinstance(method, str) or not isinstance(path, str):
-        raise RequestError(400, "expected an event of an HTTP request")
+        raise RequestError("bad_request", "expected an event of an HTTP request")
     headers = {**_headers(event.get("headers")), **_headers(event.get("multiValueHeaders"))}
     return Request(method, path, headers, _body(event))
 
@@ -69,14 +70,14 @@ def _body(event: Mapping[str, Any]) -> bytes:
     if body is None:
         return b""
     if not isinstance(body, str):
-        raise RequestError(400, "expected the body of the request as a string")
+        raise RequestError("bad_request", "expected the body of the request as a string")
     # SCF has been seen to send the word instead of the truth value.
     if event.get("isBase64Encoded") not in (True, "true"):
         return body.encode("utf-8", "surrogatepass")  # not UTF-8 then, which the reader of JSON says
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError(400, "the body is not base64, as the event says it is") from None
+        raise RequestError("bad_request", "the body is not base64, as the event says it is") from None
 
 
 def _response(reply: Reply, event: object) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def answer_wsgi(app: App, environ: Mapping[str, Any], start_response: StartRespo
 def _wsgi_body(app: App, environ: Mapping[str, Any]) -> bytes:
     text = str(environ.get("CONTENT_LENGTH") or "0")
     if not (text.isascii() and text.isdigit()):
-        raise RequestError(400, "expected a content-length that is a number")
+        raise RequestError("bad_request", "expected a content-length that is a number")
     length = min(int(text[:20]), app.body_limit + 1)
     stream = environ.get("wsgi.input")
     return b"" if stream is None or not length else bytes(stream.read(length))

@@ -82,8 +82,15 @@ KEPT = (
     "*/METADATA",
 )
 
-# Of qingyu: what runs a model, and for machines with a shell the command line. Never the model in the package.
-RUNTIME_FILES = ("qingyu/__init__.py", "qingyu/errors.py", "qingyu/runtime/*.py", "qingyu/runtime/*.onnx")
+# Of qingyu: what runs a model, and for machines with a shell the command line. Never the model in the package. A "*"
+# stays within its folder here.
+RUNTIME_FILES = (
+    "qingyu/__init__.py",
+    "qingyu/errors.py",
+    "qingyu/runtime/*.py",
+    "qingyu/runtime/*.onnx",
+    "qingyu/runtime/serverless/*.py",
+)
 COMMAND_FILES = ("qingyu/__main__.py", "qingyu/cli/*.py")
 SERVER_FILES = ("qingyu/runtime/serve/*", "qingyu/models/__init__.py", "qingyu/models/extras.py")
 

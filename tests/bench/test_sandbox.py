@@ -50,7 +50,9 @@ def test_a_bundle_without_its_model_answers_500(copy):
     shutil.rmtree(copy / "model")
     found = sandbox.run_in_sandbox(copy, [sandbox.request("/embed", {"inputs": "a"})])
     assert found["answers"][0]["statusCode"] == 500
-    assert "ModelNotFoundError" in found["answers"][0]["body"]
+    assert "model_failed" in found["answers"][0]["body"]
+    assert "ModelNotFoundError" not in found["answers"][0]["body"]
+    assert "no model" in found["stderr"]
 
 
 def test_a_bundle_that_ends_badly_is_an_operators_error(copy):

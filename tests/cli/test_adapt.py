@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 
 import pytest
 
 from qingyu.__main__ import main
-from qingyu.cli.adapt import _examples, _labelled, _scored, _tagged, _texts
+from qingyu.cli.adapt import _examples, _labelled, _scored, _tagged, _texts, _untangled
 from qingyu.errors import DataFileError, InvalidOptionError
 from qingyu.models.adapt import Entity, Example, LabelledText, ScoredPair, TaggedText
 
@@ -44,6 +45,21 @@ def test_labels_and_both_forms_of_entities_are_read(tmp_path):
     cluener = '{"text": "张三来了", "label": {"name": {"张三": [[0, 1]]}}}'
     wanted = TaggedText("张三来了", (Entity(0, 2, "name"),))
     assert list(_tagged(write(tmp_path / "b.jsonl", spans, cluener))) == [wanted, wanted]
+
+
+def test_the_longest_of_entities_that_overlap_stays_and_the_others_are_counted(tmp_path, capsys):
+    entities = [(0, 2, "a"), (1, 5, "b"), (4, 6, "c"), (5, 7, "d"), (6, 8, "e")]
+    row = {
+        "text": "今天天气真好吗啊",
+        "entities": [dict(zip(("start", "end", "label"), e, strict=True)) for e in entities],
+    }
+    source = write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False))
+    options = argparse.Namespace(overlaps="longest")
+    [kept] = _untangled(source, options)
+    assert kept.entities == (Entity(1, 5, "b"), Entity(5, 7, "d"))
+    assert capsys.readouterr().err == f"{source}: 3 entities overlap a longer one and are left out\n"
+    options.overlaps = "error"
+    assert len(_untangled(source, options)[0].entities) == 5  # refused where they are trained on
 
 
 def test_a_field_is_named_behind_the_file(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qingyu.errors import ClosedError, InvalidOptionError, OverloadedError
 from qingyu.runtime.batching import Prepared
-from qingyu.runtime.scheduler import SMALL_WASTE, WASTE, Scheduler, Timing, _Call, _Row, _Waiting
+from qingyu.runtime.scheduler import SMALL_WASTE, WASTE, Lane, Scheduler, Timing, _Call, _Row, _Waiting
 
 FIELDS = (None, len, [], 1, 0.0, 1)  # of a _Call, where only its rows matter
 
@@ -68,7 +68,7 @@ async def until(condition):
 
 def scheduled(engine, *, slots=1, budget=64, **options):
     scheduler = Scheduler(slots, **options)
-    return scheduler, scheduler.lane("fake", engine, token_budget=budget)
+    return scheduler, scheduler.add(Lane("fake", engine, budget))
 
 
 def test_one_slot_and_a_queue_of_eight_refuse_exactly_two_of_ten():
@@ -270,7 +270,7 @@ def test_two_lanes_take_turns_by_age():
 
     async def main():
         scheduler, lane = scheduled(engine, budget=4)
-        second = scheduler.lane("other", other, token_budget=4)
+        second = scheduler.add(Lane("other", other, 4))
         tasks = [asyncio.ensure_future(scheduler.run(second if n % 2 else lane, call(n))) for n in range(6)]
         engine.gate.set()
         other.gate.set()

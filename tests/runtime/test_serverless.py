@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
 import subprocess
 import sys
 import threading
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -202,14 +204,14 @@ REFUSED = [
     ("POST", "/embed", "{", 400, "not JSON"),
     ("POST", "/embed", None, 400, "not JSON"),
     ("POST", "/embed", '{"inputs": "a", "inputs": "b"}', 400, "occurs twice"),
-    ("POST", "/embed", '{"inputs": []}', 422, "at least one text"),
+    ("POST", "/embed", '{"inputs": []}', 400, "at least one text"),
     ("POST", "/embed", '{"inputs": ["1", "2", "3", "4", "5"]}', 413, "at most 4 texts"),
     ("POST", "/embed", '{"inputs": "\\ud83d"}', 422, "surrogate"),
-    ("POST", "/embed", json.dumps({"inputs": "好" * 80}), 422, "too long"),
+    ("POST", "/embed", json.dumps({"inputs": "好" * 80}), 413, "too long"),
     ("POST", "/embed", json.dumps({"inputs": "好" * 5000}, ensure_ascii=False), 413, "at most 5000 bytes"),
     ("POST", "/v1/embeddings", '{"input": "a", "dimensions": 99}', 400, "1 to 32"),
     ("POST", "/v1/embeddings", '{"input": "a", "prompt": "passage"}', 400, "no prompt"),
-    ("POST", "/v1/embeddings", '{"input": [1, 2]}', 400, "list of strings"),
+    ("POST", "/v1/embeddings", '{"input": [1, 2]}', 400, "expected a string"),
 ]
 
 
@@ -225,6 +227,61 @@ def test_a_mistake_has_its_status_and_says_what_was_expected(
     message = document["error"]["message"] if path.startswith("/v1") else document["error"]
     assert (answer["statusCode"], said in message) == (status, True), message
     assert ("allow" in answer["headers"]) == (status == 405)
+
+
+ALIKE = [
+    ("/embed", {"inputs": TEXTS}),
+    ("/embed", {"inputs": "今天", "normalize": False, "dimensions": 8}),
+    ("/embed", {"inputs": []}),
+    ("/embed", {"inputs": "好" * 80}),
+    ("/embed", {"inputs": "好" * 80, "truncate": True}),
+    ("/embed", {"inputs": "a", "what": 1}),
+    ("/embed", {"inputs": "a", "truncation_direction": "left"}),
+    ("/v1/embeddings", {"model": "tiny-zh", "input": TEXTS, "encoding_format": "base64"}),
+    ("/v1/embeddings", {"model": "tiny-zh", "input": TEXTS, "dimensions": 8, "encoding_format": "base64"}),
+    ("/v1/embeddings", {"model": "tiny-zh", "input": [1, 2]}),
+    ("/v1/embeddings", {"model": "tiny-zh", "input": "a", "dimensions": 99}),
+]
+
+
+def test_codes_have_the_statuses_that_the_server_gives_them():
+    from qingyu.runtime.serve.statuses import STATUSES
+    from qingyu.runtime.serverless import refusals
+
+    assert {code: STATUSES[code].number for code in refusals.STATUSES} == refusals.STATUSES
+
+
+def without_words(refusal):
+    """A refusal but for its message, which names the fields that are known there."""
+    error = refusal["error"]
+    return {**error, "message": ""} if isinstance(error, dict) else {**refusal, "error": ""}
+
+
+def test_a_function_answers_as_the_server_does(app, tiny_int8):
+    """Status, code and vectors of the same requests; a server takes some more of them."""
+    for package in ("uvicorn", "httptools", "orjson", "prometheus_client"):
+        pytest.importorskip(package)
+    from qingyu.bench.load import running_server
+
+    with running_server("--model", f"tiny-zh={tiny_int8}", "--profile", "edge") as server:
+        address = urllib.parse.urlsplit(server.address)
+        for path, document in ALIKE:
+            connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=30)
+            connection.request("POST", path, json.dumps(document), {"content-type": "application/json"})
+            theirs = connection.getresponse()
+            body = json.loads(theirs.read())
+            connection.close()
+            ours = answer_event(app, lambda_url("POST", path, json.dumps(document)))
+            assert ours["statusCode"] == theirs.status, (path, document)
+            mine = json.loads(ours["body"])
+            if theirs.status != 200:
+                assert without_words(mine) == without_words(body)
+                continue
+            assert ours["headers"]["x-qingyu-fingerprint"] == theirs.headers["x-qingyu-fingerprint"]
+            if path == "/embed":
+                assert np.array_equal(np.array(mine, np.float32), np.array(body, np.float32))
+            else:
+                assert mine == {key: body[key] for key in mine}
 
 
 @pytest.mark.parametrize(
@@ -289,7 +346,7 @@ def test_a_model_that_cannot_be_opened_is_500_without_its_path_and_is_tried_agai
         answer = answer_event(app, lambda_url(method, path, body))
         assert answer["statusCode"] == 500
         assert "secret-place" not in answer["body"]
-        assert "ModelNotFoundError" in answer["body"]
+        assert json.loads(answer["body"])["error_type"] == "model_failed"
     assert "secret-place" in capsys.readouterr().err
     folder.symlink_to(tiny_int8)
     assert answer_event(app, lambda_url("GET", "/health", None))["statusCode"] == 200
@@ -337,6 +394,7 @@ def wsgi(app: App, method: str, path: str, body: bytes, **more: str) -> tuple[st
 def test_wsgi_gets_the_same_answer(app, expected):
     status, headers, content = wsgi(app, "POST", "/embed", json.dumps({"inputs": TEXTS}).encode())
     assert status == "200 OK"
+    assert headers.pop("x-qingyu-fingerprint").startswith("qy1-")
     assert headers == {"content-type": "application/json", "content-length": str(len(content))}
     assert np.array(json.loads(content), dtype=np.float32).tobytes() == expected.tobytes()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,13 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     _add_distil(kinds)
     _add_contrast(kinds)
     _add_head(kinds, "classify", "train a text classifier", "columns text, label", _classify)
-    _add_head(kinds, "tag", "train a tagger of entities", TAGGED_FORMAT, _tag)
+    tagger = _add_head(kinds, "tag", "train a tagger of entities", TAGGED_FORMAT, _tag)
+    tagger.add_argument(
+        "--overlaps",
+        choices=("error", "longest"),
+        default="error",
+        help="entities that overlap: refuse them, or keep the longest (default: %(default)s)",
+    )
     _add_prune(kinds)
     _add_unpack(kinds)
 
@@ -154,7 +161,13 @@ def _add_contrast(kinds: Any) -> None:  # noqa: ANN401
     _add_schedule(parser)
 
 
-def _add_head(kinds: Any, name: str, summary: str, form: str, work: Any) -> None:  # noqa: ANN401
+def _add_head(
+    kinds: Any,  # noqa: ANN401
+    name: str,
+    summary: str,
+    form: str,
+    work: Any,  # noqa: ANN401
+) -> argparse.ArgumentParser:
     parser = _new_kind(kinds, name, summary, work)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of the checkpoint")
     _add_output(parser)
@@ -166,6 +179,7 @@ def _add_head(kinds: Any, name: str, summary: str, form: str, work: Any) -> None
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows (default: %(default)s)")
     _add_schedule(parser)
+    return parser
 
 
 def _add_prune(kinds: Any) -> None:  # noqa: ANN401
@@ -266,8 +280,19 @@ def _classify(options: argparse.Namespace) -> int:
 def _tag(options: argparse.Namespace) -> int:
     from qingyu.models.adapt import tag
 
-    held_out = 0.1 if options.held_out_texts is None else list(_tagged(options.held_out_texts))
-    return _say(_head(tag, options, list(_tagged(options.texts)), held_out), options)
+    held_out = 0.1 if options.held_out_texts is None else _untangled(options.held_out_texts, options)
+    return _say(_head(tag, options, _untangled(options.texts, options), held_out), options)
+
+
+def _untangled(source: str, options: argparse.Namespace) -> list[TaggedText]:
+    from qingyu.models.adapt import longest_entities
+
+    texts = list(_tagged(source))
+    if options.overlaps == "longest":
+        texts, dropped = longest_entities(texts)
+        if dropped:
+            print(f"{source}: {dropped:,} entities overlap a longer one and are left out", file=sys.stderr)
+    return texts
 
 
 def _head(work: Any, options: argparse.Namespace, texts: Any, held_out: Any) -> Trained:  # noqa: ANN401
