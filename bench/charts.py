@@ -85,7 +85,13 @@ def _throughput(pyplot: Any, figures: Figures) -> Any:  # noqa: ANN401
         _ceiling(axis, figures, rows[0]["cores"])
         axis.set_title(name)
         axis.set_xlabel("tokens a second")
+        axis.xaxis.set_major_locator(pyplot.MaxNLocator(5))
+        axis.xaxis.set_major_formatter(_thousands)
     return figure
+
+
+def _thousands(value: float, _: int) -> str:
+    return f"{value / 1000:g} k" if value else "0"
 
 
 def _bars(axis: Axes, names: Sequence[str], spreads: Mapping[str, Mapping[str, float]]) -> None:
@@ -133,6 +139,7 @@ def _frontier(pyplot: Any, figures: Figures) -> Any:  # noqa: ANN401
     axis.set_ylim(bottom=0)
     axis.set_xlabel("1 - centred cosine to FP32 with real weights; better to the right (FP32 itself at 1e-6)")
     axis.set_ylabel("tokens a second, mixed lengths")
+    axis.yaxis.set_major_formatter(_thousands)
     return figure
 
 
@@ -156,6 +163,9 @@ def _latency(pyplot: Any, figures: Figures) -> Any:  # noqa: ANN401
             label=name,
         )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(pyplot.FixedLocator([0.5, 1, 2, 5, 10, 20, 50, 100]))
+    axis.xaxis.set_minor_locator(pyplot.NullLocator())
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("milliseconds")
     axis.set_ylabel("percent of queries that took at most so long")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

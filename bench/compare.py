@@ -24,7 +24,7 @@ from qingyu.bench.measure import Comparison, Settings
 from qingyu.bench.prepare import MODELS, model, prepare_model, write_texts
 from qingyu.bench.records import Session, read_rows
 from qingyu.bench.seats import check_cores
-from qingyu.bench.workloads import WORKLOADS, workload
+from qingyu.bench.workloads import GROWTH, WORKLOADS, workload
 from qingyu.errors import InvalidOptionError, OperatorError, QingyuError
 from qingyu.runtime.cpu import available_cpus
 
@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rounds", type=int, help=f"(default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
     found.add_argument("--seconds", type=float, help="begin no further round after so long")
     found.add_argument(
+        "--most-texts", type=int, default=GROWTH[-1], metavar="N", help="of growth (default: %(default)s)"
+    )
+    found.add_argument(
         "--texts", type=Path, metavar="FILE", help="lines of SOURCE TAB TEXT, or of text; or .gz"
     )
     found.add_argument(
@@ -64,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--out", type=Path, default=Path("bench-out"), metavar="DIR", help="(default: %(default)s)"
+    )
+    found.add_argument(
+        "--note", default="", metavar="TEXT", help="what a reader of the page has to know besides"
     )
     found.add_argument(
         "--only", choices=("prepare", "measure", "report"), help="one step (default: all three)"
@@ -90,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         from qingyu.bench.report import write_report
 
         rows = read_rows([options.out / ROWS])
-        print(write_report(rows, options.out))
+        print(write_report(rows, options.out, note=options.note))
     return 0
 
 
@@ -135,7 +141,15 @@ def _settings(options: argparse.Namespace, pythons: dict[str, str]) -> Settings:
             "option rounds", expected="at least 1", found=str(rounds), remedy="Measure more of them."
         )
     seconds = QUICK_SECONDS if options.quick and options.seconds is None else options.seconds
-    return Settings(tuple(options.workload or default), rounds, cores, options.quick, seconds, pythons)
+    return Settings(
+        tuple(options.workload or default),
+        rounds,
+        cores,
+        options.quick,
+        seconds,
+        options.most_texts,
+        pythons,
+    )
 
 
 def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:

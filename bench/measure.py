@@ -12,7 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from qingyu.bench.machine import machine
 from qingyu.bench.prepare import FIDELITY, Prepared
 from qingyu.bench.records import FORMAT, Row, Session
 from qingyu.bench.seats import Load, Seat, SeatError, Started, cold_start, started
-from qingyu.bench.summary import MOST_FOREIGN
+from qingyu.bench.summary import is_disturbed
 from qingyu.bench.wall import Ceiling, operations_per_token
 from qingyu.bench.workloads import GROWTH, WORKLOADS, Workload, arrival_times
 
@@ -31,19 +33,24 @@ REFERENCE = "st-torch-fp32"  # what vectors are compared with
 BASE_OPERATIONS = 25.2e6  # of the model that the workloads' counts are for
 IDLE_SECONDS = 3.0
 GROWTH_SECONDS = 150.0  # what one call may be expected to take before a contender is spared the next size
-WARM_UP = {"bulk": 10**9, "single": 32, "arrivals": 8}
+PREPARING = 0.45  # of the seconds that there are
+WARM_UP = 16  # texts
 TIMED = ("bulk", "single", "arrivals")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and for how long: ``seconds`` end it after the round under way, ``None`` never."""
+    """What is measured, and for how long: ``seconds`` end it after the round under way, ``None`` never.
+
+    ``most_texts`` bounds the growth of texts.
+    """
 
     workloads: tuple[str, ...]
     rounds: int
     cores: tuple[int, ...]
     quick: bool
     seconds: float | None = None
+    most_texts: int = GROWTH[-1]
     pythons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -73,11 +80,14 @@ class Comparison:
         ready = []
         for name in names:
             seat = self._seat(name, prepared, max(self.settings.cores))
+            has_files = contender(name).prepare is None or seat.files.own.is_dir()
+            if self._late(PREPARING) and not has_files:
+                self._skip(name, prepared, "no time left to prepare it; run it once more, or without --quick")
+                continue
             try:
                 with started([seat]) as (process,):
                     self.say(f"preparing {name} for {prepared.model.name}")
                     process.ask({"do": "prepare"}, seconds=900)
-                    process.ask({"do": "open"}, seconds=120)
                     self._note_facts(process, prepared)
             except SeatError as error:
                 self._skip(name, prepared, str(error))
@@ -103,7 +113,9 @@ class Comparison:
     def _rounds(self, prepared: Prepared, names: Sequence[str], workloads: Sequence[Workload]) -> None:
         wanted = [self._seat(name, prepared, cores) for cores in self.settings.cores for name in names]
         with started(wanted) as processes:
-            seats = [process for process in processes if self._opened(process, prepared)]
+            with ThreadPoolExecutor(max(self.settings.cores)) as pool:  # opening is not timed
+                opened = list(pool.map(partial(self._opened, prepared=prepared), processes))
+            seats = [process for process, ready in zip(processes, opened, strict=True) if ready]
             if prepared.model.real:
                 self._fidelity([one for one in seats if self._on_all(one)], prepared)
             if not workloads:
@@ -111,17 +123,19 @@ class Comparison:
             ceilings = {cores: Ceiling(prepared.sizes, cores) for cores in self.settings.cores}
             sizes = {one.name: self._size(one, prepared) for one in workloads}
             for process, one in self._pairs(seats, workloads):
-                # Warms up, and is not timed: all texts, for OpenVINO compiles kernels for each new shape.
-                self._ask(process, prepared, one, min(sizes[one.name]["texts"], WARM_UP[one.kind]))
+                # Warms up, and is not timed.
+                compiles = one.kind == "bulk" and contender(process.seat.contender).compiles_shapes
+                most = sizes[one.name]["texts"] if compiles else WARM_UP
+                self._ask(process, prepared, one, min(sizes[one.name]["texts"], most))
             for number in range(self.settings.rounds):
-                if self._late():
+                if number and self._late():
                     break
                 self.say(f"{prepared.model.name}, round {number + 1} of {self.settings.rounds}")
                 where = {"model": prepared.model.name, "round": number}
                 for cores, ceiling in ceilings.items():
                     load = Load(os.getpid())
                     row = {**where, "cores": cores, "gops": ceiling.measure()}
-                    self.session.add("wall", {**row, "foreign": load.foreign()})
+                    self.session.add("wall", {**row, **load.since()})
                 for process, one in self._pairs(seats if number % 2 == 0 else seats[::-1], workloads):
                     found = self._ask(process, prepared, one, sizes[one.name]["texts"])
                     if found is not None:
@@ -201,7 +215,8 @@ class Comparison:
 
     def _growth(self, prepared: Prepared, names: Sequence[str], one: Workload) -> None:
         """More and more texts. A contender that would take too long for the next size is spared it."""
-        sizes = [size for size in GROWTH if size <= (one.quick if self.settings.quick else one.texts)]
+        most = min(self.settings.most_texts, one.quick if self.settings.quick else one.texts)
+        sizes = [size for size in GROWTH if size <= most]
         for name in names:
             if self._late():
                 break
@@ -241,7 +256,7 @@ class Comparison:
             order["times"] = arrival_times(count, one.rate)
         try:
             found = process.ask(order)
-            return process.ask(order) if found["foreign"] > MOST_FOREIGN else found
+            return process.ask(order) if is_disturbed(found) else found
         except SeatError as error:
             self._skip(process.seat.contender, prepared, f"{one.name}: {error}")
             return None
@@ -285,9 +300,9 @@ class Comparison:
         count = self._count(one, prepared)
         return {"texts": count, "tokens": sum(_token_counts(prepared, self.texts[one.name])[:count])}
 
-    def _late(self) -> bool:
+    def _late(self, share: float = 1.0) -> bool:
         limit = self.settings.seconds
-        return limit is not None and time.perf_counter() - self._begun > limit
+        return limit is not None and time.perf_counter() - self._begun > share * limit
 
 
 def _token_counts(prepared: Prepared, texts: Path) -> list[int]:

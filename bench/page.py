@@ -14,7 +14,7 @@ Figures = Mapping[str, Any]
 
 # File -> what it shows.
 CHARTS = {
-    "throughput": "Tokens a second by workload",
+    "throughput": "Tokens a second by workload; dashed: the ceiling of integer products",
     "frontier": "Speed against fidelity",
     "latency": "How long one query takes, one at a time",
     "scaling": "Time per text as texts grow in number, and what a second CPU gives",
@@ -30,8 +30,8 @@ in turn round by round. A program writes this page from [benchmarks.json](benchm
 
 ```bash
 pip install "qingyu[bench]"
-python -m qingyu.bench compare --quick                # the main figures, in under five minutes
-python -m qingyu.bench compare --out bench-out        # everything; can be split with --model and --workload
+python -m qingyu.bench compare --quick           # the main figures, in under five minutes
+python -m qingyu.bench compare --out bench-out   # everything; can be split with --model and --workload
 python -m qingyu.bench compare --out bench-out --only report
 ```
 
@@ -83,10 +83,13 @@ def _machine(figures: Figures) -> Iterator[str]:
     machine = figures["machine"]
     dates = figures["dates"]
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    yield f"Measured {when} on {machine['cpus']} CPUs of {machine['cpu']} ({' '.join(machine['flags'])}), "
+    flags = " ".join(machine["flags"])
+    yield f"Measured {when} on {machine['cpus']} CPUs of {machine['cpu']} ({flags}),"
     yield f"{machine['system']}, Python {machine['python']}.\n"
     if figures["disturbed"]:
         yield f"{figures['disturbed']} measurements during which others used the machine, too, were left out.\n"
+    if figures["note"]:
+        yield figures["note"] + "\n"
     if figures["quick"]:
         yield "Some of it with `--quick`: fewer texts and rounds.\n"
 
@@ -298,7 +301,7 @@ def _contenders(figures: Figures) -> Iterator[str]:
                 f"`{name}`",
                 facts["how"],
                 ", ".join(f"{package} {number}" for package, number in facts["versions"].items()),
-                f"{facts['installed_mb']:.0f}",
+                f"{facts['installed_mb']:.0f}" if facts["versions"] else "",
             ]
             for name, facts in figures["contenders"].items()
         ],
@@ -307,7 +310,7 @@ def _contenders(figures: Figures) -> Iterator[str]:
 
 def _skipped(figures: Figures) -> Iterator[str]:
     if figures["skipped"]:
-        yield "## What could not run here\n"
+        yield "## What was not measured\n"
         yield from _table(
             ["contender", "model", "reason"],
             [[f"`{row['contender']}`", row["model"], _cell(row["reason"])] for row in figures["skipped"]],
@@ -330,10 +333,10 @@ def quick_table(figures: Figures) -> str:
                 lines.append(f"{model}, ceiling of integer products on {row['cores']} CPU: {gops} GOPS")
         lines += _terminal(figures, model)
     for one in figures.get("targets", []):
-        state = {True: "met", False: "NOT MET", None: "not measured"}[one["met"]]
-        value = "" if one["value"] is None else f"{one['value']:.2f}"
-        wanted = (">= " if one["at_least"] else "<= ") + f"{one['bound']:g}"
-        lines.append(f"{state:12} {one['name']}: {value} (wanted {wanted}) {one['detail']}")
+        if one["met"] is not None:
+            wanted = (">= " if one["at_least"] else "<= ") + f"{one['bound']:g}"
+            state = "met" if one["met"] else "NOT MET"
+            lines.append(f"{state:8} {one['name']}: {one['value']:.2f} (wanted {wanted}) {one['detail']}")
     if figures["disturbed"]:
         lines.append(
             f"left out, because others used the machine meanwhile: {figures['disturbed']} measurements"

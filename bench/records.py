@@ -15,8 +15,8 @@ __all__ = ["FORMAT", "KINDS", "Row", "Session", "read_rows"]
 Row = dict[str, Any]
 
 FORMAT = 1
-# The share of the machine that others used meanwhile.
-DISTURBED = frozenset({"foreign"})
+# What others used of the machine meanwhile, what the process did, and what nobody did.
+DISTURBED = frozenset({"foreign", "own", "idle"})
 COMMON = frozenset({"kind", "session"})
 # Kind of a row -> the fields that it has besides "kind" and "session".
 KINDS: dict[str, frozenset[str]] = {

@@ -58,7 +58,8 @@ def run_row(row: Row, setting: Setting) -> dict[str, Any]:
 def _without_places(facts: Any, setting: Setting) -> Any:  # noqa: ANN401 - JSON
     """Facts without the folders of this run, which mean nothing elsewhere."""
     text = json.dumps(facts, ensure_ascii=False)
-    return json.loads(text.replace(f"{setting.scratch}/", "").replace(f"{setting.checkout}/", ""))
+    found: Any = json.loads(text.replace(f"{setting.scratch}/", "").replace(f"{setting.checkout}/", ""))
+    return found
 
 
 def page(results: Mapping[str, Any]) -> str:

@@ -17,9 +17,9 @@ from qingyu.errors import MissingExtraError
 __all__ = ["figures_of", "rendered", "write_report"]
 
 
-def figures_of(rows: Sequence[Row]) -> dict[str, Any]:
-    """All that benchmarks.json holds."""
-    return {**summarize(rows), "targets": [one.written() for one in targets(rows)]}
+def figures_of(rows: Sequence[Row], *, note: str = "") -> dict[str, Any]:
+    """All that benchmarks.json holds but the list of charts; ``note`` is for the page's readers."""
+    return {**summarize(rows), "note": note, "targets": [one.written() for one in targets(rows)]}
 
 
 def rendered(figures: dict[str, Any]) -> str:
@@ -28,18 +28,18 @@ def rendered(figures: dict[str, Any]) -> str:
     return body + ("\n" + charts_of(figures, figures["charts"]) if figures["charts"] else "")
 
 
-def write_report(rows: Sequence[Row], folder: Path) -> str:
+def write_report(rows: Sequence[Row], folder: Path, *, note: str = "") -> str:
     """Write all files into ``folder``; the table for a terminal. Without matplotlib there are no charts."""
-    figures = figures_of(rows)
-    note = ""
+    figures = figures_of(rows, note=note)
+    missing = ""
     try:
         figures["charts"] = draw(figures, folder / "benchmarks")
     except MissingExtraError as error:
         figures["charts"] = []
-        note = f"\nno charts: {error}"
+        missing = f"\nno charts: {error}"
     _write(folder / "benchmarks.json", json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
     _write(folder / "benchmarks.md", rendered(figures))
-    return quick_table(figures) + note
+    return quick_table(figures) + missing
 
 
 def _write(path: Path, text: str) -> None:

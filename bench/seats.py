@@ -91,7 +91,7 @@ class Started:
             self._signal(signal.SIGSTOP)
         if not answer.pop("ok"):
             raise SeatError(f"{answer['kind']}: {answer['error']}")
-        return {**answer, "foreign": load.foreign()}
+        return {**answer, **load.since()}
 
     def watched(self, order: Mapping[str, Any], *, seconds: float = 300) -> tuple[Answer, list[list[float]]]:
         """As ``ask``, and the resident megabytes meanwhile as [second, MB]."""
@@ -169,10 +169,13 @@ class Load:
         self._pid = pid
         self._begun = self._read()
 
-    def foreign(self) -> float:
-        """The share of all CPUs that was neither idle nor this process's, 0 to 1."""
+    def since(self) -> dict[str, float]:
+        """``foreign``: the share of all CPUs that others used; ``own``: what the process used, in CPUs; ``idle``."""
         whole, busy, own = (now - then for now, then in zip(self._read(), self._begun, strict=True))
-        return round(max(0.0, busy - own) / whole, 3) if whole > 0 else 0.0
+        if whole <= 0:
+            return {"foreign": 0.0, "own": 0.0, "idle": 1.0}
+        found = (max(0, busy - own) / whole, (os.cpu_count() or 1) * own / whole, (whole - busy) / whole)
+        return dict(zip(("foreign", "own", "idle"), (round(share, 3) for share in found), strict=True))
 
     def _read(self) -> tuple[int, int, int]:
         """Ticks of all CPUs, those of them that were busy or stolen, and this process's own."""
@@ -210,7 +213,8 @@ def cold_start(seat: Seat, texts: Path) -> dict[str, float]:
         begun, ready, end = answer["marks"]
         memory = process.ask({"do": "memory"})
     milliseconds = 1e3 * ((begun - process.begun) + (end - ready))
-    return {**memory, "milliseconds": round(milliseconds, 1), "foreign": answer["foreign"]}
+    load = {name: answer[name] for name in ("foreign", "own", "idle")}
+    return {**memory, "milliseconds": round(milliseconds, 1), **load}
 
 
 def _written(files: Files) -> str:

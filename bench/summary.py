@@ -18,6 +18,7 @@ __all__ = [
     "BASE",
     "Spread",
     "Table",
+    "is_disturbed",
     "is_ours",
     "percentile",
     "seconds_of",
@@ -27,7 +28,9 @@ __all__ = [
 ]
 
 BASE = "qingyu-int8"  # what ratios in the tables are to
-MOST_FOREIGN = 0.08  # of all CPUs: more, and a contender had clearly less than the others
+MOST_FOREIGN = 0.08  # of all CPUs: more, and a contender may have had clearly less than the others
+ENOUGH_IDLE = 0.05
+WHOLE = 0.04
 QUANTILES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 100)
 
 
@@ -103,9 +106,21 @@ class Table:
         return Spread.of(first[key] / second[key] for key in first if key in second and second[key] > 0)
 
 
+def is_disturbed(row: Row) -> bool:
+    """Whether others used more than a few percent of the machine, and may have kept it from the process.
+
+    They did not where CPUs were idle all the same, or where the process had a whole number of CPUs to itself: one
+    thread on one of two CPUs does not miss the other.
+    """
+    if row.get("foreign", 0.0) <= MOST_FOREIGN or row["idle"] >= ENOUGH_IDLE:
+        return False
+    own = float(row["own"])
+    return round(own) < 1 or abs(own - round(own)) > WHOLE
+
+
 def undisturbed(rows: Sequence[Row]) -> list[Row]:
-    """Those during which nobody else used more than a few percent of the machine."""
-    return [row for row in rows if row.get("foreign", 0.0) <= MOST_FOREIGN]
+    """Those that others did not disturb."""
+    return [row for row in rows if not is_disturbed(row)]
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
@@ -120,10 +135,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "quick": any(row["quick"] for row in sessions),
         "disturbed": len(rows) - len(kept),
         "models": {row["model"]: _without(row, "model", "kind", "session") for row in table.of("model", {})},
-        "contenders": {
-            row["contender"]: _without(row, "contender", "model", "kind", "session")
-            for row in table.of("facts", {})
-        },
+        "contenders": _contenders(table),
         "skipped": _skipped(table),
         "wall": [_wall(table, *key) for key in _keys(table, "wall", "model", "cores")],
         "bulk": [_bulk(table, *key) for key in _round_keys(table, "bulk")],
@@ -139,6 +151,20 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
             )
             for key in _keys(table, "fidelity", "model", "contender")
         ],
+    }
+
+
+def _contenders(table: Table) -> dict[str, Row]:
+    """What is known of each contender that has figures; little of one that was never prepared in these runs."""
+    found: dict[str, Row] = {}
+    for kind in ("round", "cold", "memory", "growth", "fidelity"):
+        for row in table.of(kind, {}):
+            name = row["contender"]
+            facts = {"title": name, "precision": name.rpartition("-")[2], "how": "", "versions": {}}
+            found.setdefault(name, {**facts, "installed_mb": 0.0})
+    facts_rows = {row["contender"]: row for row in table.of("facts", {})}
+    return found | {
+        name: _without(row, "contender", "model", "kind", "session") for name, row in facts_rows.items()
     }
 
 

@@ -9,8 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from qingyu.runtime.search.contract import Document
-from qingyu.runtime.search.index import SearchIndex
+from qingyu.runtime.search import Document, SearchIndex
 
 
 def documents(folder: Path) -> Iterator[Document]:

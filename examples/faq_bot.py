@@ -8,8 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qingyu.runtime.search.contract import Document
-from qingyu.runtime.search.index import SearchIndex
+from qingyu.runtime.search import Document, SearchIndex
 
 FAQ = {
     "怎么重置登录密码？": "在登录页点“忘记密码”，按短信提示设置新密码。",
@@ -18,7 +17,7 @@ FAQ = {
     "可以开发票吗？": "可以，在“我的订单”里点“开发票”，电子发票发到邮箱。",
     "怎么联系人工客服？": "工作日九点到十八点拨打 400 热线，或在会话里输入“人工”。",
 }
-LEAST = 0.45  # cosine below which nothing in the list is an answer; choose it on your own questions
+LEAST = 0.3  # cosine below which nothing in the list is an answer; choose it on your own questions
 
 with tempfile.TemporaryDirectory() as folder, SearchIndex.create(Path(folder) / "faq") as index:
     index.add(Document(question, question, {"answer": answer}) for question, answer in FAQ.items())

@@ -16,7 +16,7 @@ EXAMPLES = {
     "闹钟": ["明天早上七点叫我起床", "设一个十分钟的倒计时", "取消闹钟"],
 }
 NEIGHBOURS = 2  # nearest examples of an intent that count
-LEAST = 0.45  # mean cosine below which the text is of no intent; choose it on your own texts
+LEAST = 0.3  # mean cosine below which the text is of no intent; choose it on your own texts
 
 
 def main() -> None:

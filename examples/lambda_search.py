@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from qingyu.errors import InputError
-from qingyu.runtime.search.index import SearchIndex
+from qingyu.runtime.search import SearchIndex
 
 INDEX = SearchIndex.open(os.environ["QINGYU_INDEX"])  # while the sandbox starts, not at the first request
 INDEX.embedder.load()

@@ -385,12 +385,9 @@ class FillMask(TaskModel):
         return _Ranking(words, SCORINGS[scoring])
 
     def _candidate(self, word: str) -> _Candidate:
-        known = self._tokenizer.id_of(self._tokenizer.in_script(word)) if isinstance(word, str) else None
-        ids = (
-            (known,)
-            if known is not None
-            else tuple(self._tokenizer.content(word, name=f"candidate {word!r}"))
-        )
+        written = tuple(self._tokenizer.content(word, name=f"candidate {word!r}"))
+        known = self._tokenizer.id_of(self._tokenizer.in_script(word))
+        ids = written if known is None else (known,)
         bad = (self._tokenizer.unknown_id, self._mask_id)
         if not ids or any(token in bad for token in ids):
             raise InvalidOptionError(

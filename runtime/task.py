@@ -205,7 +205,7 @@ class OpenOptions:
 
     def tuning(self, spec: ModelSpec) -> Tuning | None:
         """What `qingyu doctor --measure` found best here, unless these options decide about it."""
-        decided = self.threads is not None or self.profile != "throughput"
+        decided = self.threads is not None or self.profile != "throughput" or self.engine != "auto"
         return None if decided else recall(spec)
 
 

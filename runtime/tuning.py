@@ -1,6 +1,6 @@
 """What was measured to be best for a model on this machine, kept in a file, and used when the model is opened.
 
-A file is for one graph, CPU, number of CPUs and version of onnxruntime, all of which stand in it; for any other, and
+A file is for one graph, CPU, number of CPUs and version of the engines, all of which stand in it; for any other, and
 where it is damaged, it counts as absent. Nothing else than speed and memory depends on it. Not here: measuring
 (``qingyu.bench.on_device``).
 """
@@ -48,7 +48,7 @@ def recall(spec: ModelSpec) -> Tuning | None:
         return None
     if not isinstance(document, dict):
         return None
-    known = {"format": FORMAT, "facts": _facts(spec), "onnxruntime": _version()}
+    known = {"format": FORMAT, "facts": _facts(spec), "engines": _versions()}
     if {key: document.get(key) for key in known} != known:
         return None
     return _checked(document.get("threads"), document.get("token_budget"))
@@ -59,7 +59,7 @@ def store(spec: ModelSpec, tuning: Tuning) -> Path | None:
     path = _path(spec)
     if path is None or _checked(tuning.threads, tuning.token_budget) is None:
         return None
-    document = {"format": FORMAT, "facts": _facts(spec), "onnxruntime": _version(), **vars(tuning)}
+    document = {"format": FORMAT, "facts": _facts(spec), "engines": _versions(), **vars(tuning)}
     beside = path.with_name(f".{path.stem}.{os.getpid()}")
     try:
         own_folder(qingyu_home(), FOLDER)
@@ -110,11 +110,15 @@ def _facts(spec: ModelSpec) -> Mapping[str, Any]:
     }
 
 
-def _version() -> str:
-    """That of the onnxruntime that would be imported, without importing it."""
+def _versions() -> dict[str, str | None]:
+    """Those of the engines that could be opened, without importing them: which one is taken decides what is best."""
+    return {name: _version(name) for name in ("onnxruntime", "openvino")}
+
+
+def _version(package: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return version("onnxruntime")
+        return version(package)
     except PackageNotFoundError:
-        return "unknown"
+        return None

@@ -31,6 +31,7 @@ __all__ = [
     "write_once",
 ]
 
+TOKENS = 2048  # of a batch by hand: without a bound, a few documents are one batch, and all but one CPU idle
 BATCH = 32  # rows of a batch where a contender has no batching of its own: the default of most libraries
 
 Embed = Callable[[Sequence[str]], "Floats"]
@@ -86,7 +87,8 @@ class Contender:
     ``needs`` are the packages by import name, ``distributions`` what pip installs for it, whose sizes count with all
     that they depend on. ``prepare`` makes the contender's files in ``files.own``, once, in a process of its own.
     ``open`` is given how many threads it may use. ``own_weights``: not made from the checkpoint. ``adds_prompt``: it
-    puts the model's prompt before each text by itself. ``how`` says what is done, for the results.
+    puts the model's prompt before each text by itself. ``compiles_shapes``: it compiles kernels for each new shape of a
+    batch, so that it is warmed up with all texts. ``how`` says what is done, for the results.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Contender:
     models: tuple[str, ...] = ()  # those that it can run, where it cannot run any
     own_weights: bool = False
     adds_prompt: bool = False
+    compiles_shapes: bool = False
 
     def check(self, model: str) -> None:
         """Raise unless its packages are installed and it can run the model."""
@@ -172,11 +175,18 @@ def batches_in_order(count: int, rows: int = BATCH) -> Iterator[range]:
         yield range(start, min(start + rows, count))
 
 
-def sorted_batches(lengths: Sequence[int], rows: int = BATCH) -> list[list[int]]:
-    """Positions by falling length, ``rows`` at a time: what one does by hand against padding.
+def sorted_batches(lengths: Sequence[int], *, rows: int = BATCH, tokens: int = TOKENS) -> list[list[int]]:
+    """Positions by falling length, up to ``rows`` and ``tokens``, padding counted: what one does against padding.
 
-    >>> sorted_batches([1, 9, 5], rows=2)
-    [[1, 2], [0]]
+    >>> sorted_batches([1, 9, 5, 5, 1], rows=2, tokens=10)
+    [[1], [2, 3], [0, 4]]
     """
-    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
-    return [[order[n] for n in batch] for batch in batches_in_order(len(order), rows)]
+    batches: list[list[int]] = []
+    longest = 0
+    for position in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        full = not batches or len(batches[-1]) == rows or (len(batches[-1]) + 1) * longest > tokens
+        if full:
+            batches.append([])
+            longest = lengths[position]
+        batches[-1].append(position)
+    return batches

@@ -60,7 +60,7 @@ def _open(files: Files, threads: int) -> Opened:
             vectors[rows] = _pool(states, lengths, files.pooling)
 
         # Few texts are shared out among the workers, too.
-        batches = sorted_batches([len(one) for one in ids], min(BATCH, -(-len(ids) // threads)))
+        batches = sorted_batches([len(one) for one in ids], rows=min(BATCH, -(-len(ids) // threads)))
         if len(batches) == 1:
             run(batches[0])
         else:

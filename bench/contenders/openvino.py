@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qingyu.bench.contenders.contract import (
+    TOKENS,
     Contender,
     Files,
     Opened,
@@ -93,7 +94,7 @@ def _open(files: Files, threads: int) -> Opened:
     def batches(ids: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Any]]]:
         # Few texts are shared out among the streams, too.
         most = min(ROWS, -(-len(ids) // threads))
-        for rows in sorted_batches([len(one) for one in ids], most):
+        for rows in sorted_batches([len(one) for one in ids], rows=most):
             tokens = max(len(ids[row]) for row in rows)
             padded = np.zeros((len(rows), tokens), dtype=np.int64)
             mask = np.zeros_like(padded)
@@ -131,10 +132,12 @@ CONTENDERS = {
         precision="int8",
         needs=("openvino", "tokenizers", "numpy"),
         distributions=("openvino", "tokenizers"),
-        how=f"`nncf.quantize` with its transformer preset; {ROWS} rows sorted by length, an `AsyncInferQueue` with a "
+        how=f"`nncf.quantize` with its transformer preset; {ROWS} rows or {TOKENS} tokens sorted by length, an "
+        "`AsyncInferQueue` with a "
         "stream for each core; the latency hint for one text",
         open=_open,
         prepare=_prepare,
         prepare_needs=("nncf",),
+        compiles_shapes=True,
     )
 }

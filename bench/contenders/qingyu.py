@@ -75,6 +75,7 @@ def _one(
         distributions=("qingyu", *needs),
         how=how,
         open=partial(_open, precision=precision, profile=profile, engine=engine),
+        compiles_shapes=engine != ONNXRUNTIME,
     )
 
 

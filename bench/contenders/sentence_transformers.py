@@ -172,5 +172,6 @@ CONTENDERS = {
         open=_open_openvino,
         prepare=_prepare_openvino,
         prepare_needs=("nncf", "datasets"),
+        compiles_shapes=True,
     ),
 }

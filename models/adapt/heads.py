@@ -7,6 +7,7 @@ made of them here. Not here: running a head (``qingyu.runtime``), and the run's 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qingyu.errors import InputError, InvalidOptionError
+from qingyu.errors import InputError, InvalidOptionError, TruncationWarning
 from qingyu.models.adapt.student import checked_config
 from qingyu.models.adapt.teacher import texts_digest
 from qingyu.models.adapt.training import (
@@ -288,6 +289,7 @@ def _classified(
     from datasets import Dataset
 
     encoded = tokenizer([text for text, _ in rows], truncation=True, max_length=max_tokens)
+    _warn_of_cut(encoded, max_tokens)
     number = {label: position for position, label in enumerate(labels)}
     return Dataset.from_dict({**encoded, "labels": [number[label] for _, label in rows]})
 
@@ -304,9 +306,22 @@ def _tagged(
         [text for text, _ in rows], truncation=True, max_length=max_tokens, return_offsets_mapping=True
     )
     number = {label: position for position, label in enumerate(labels)}
+    _warn_of_cut(encoded, max_tokens)
     offsets = encoded.pop("offset_mapping")
     tags = [token_labels(spans, entities, number) for spans, (_, entities) in zip(offsets, rows, strict=True)]
     return Dataset.from_dict({**encoded, "labels": tags})
+
+
+def _warn_of_cut(encoded: Any, max_tokens: int) -> None:  # noqa: ANN401 - a class of an optional dependency
+    """``TruncationWarning`` where texts are longer than what is trained on."""
+    cut = sum(bool(one.overflowing) for one in encoded.encodings or ())
+    if cut:
+        warnings.warn(
+            f"{cut:,} of {len(encoded.encodings):,} texts were cut at {max_tokens} tokens: the rest of them is not "
+            "trained on, nor measured. A larger max_tokens (--max-tokens) reads more of them.",
+            TruncationWarning,
+            stacklevel=2,
+        )
 
 
 def token_labels(

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qingyu.errors import OutputError
+from qingyu.models.adapt.training import write_note
 from qingyu.runtime.embedder import Embedder
 from qingyu.runtime.progress import progress_bar
 
@@ -79,7 +80,7 @@ def _complete(
             part = texts[start : start + CHUNK]
             vectors[start : start + len(part)] = embedder.embed(part, prompt=origin["prompt"], normalize=True)  # type: ignore[arg-type]
             vectors.flush()
-            _write(note, {**origin, "done": start + len(part)})
+            write_note(note, {**origin, "done": start + len(part)})
             yield len(part), None
 
     steps = chunks()
@@ -94,9 +95,3 @@ def _done(note: Path, origin: dict[str, object]) -> int:
         return 0
     done = found.pop("done", 0) if isinstance(found, dict) else 0
     return int(done) if found == origin else 0
-
-
-def _write(note: Path, fields: dict[str, object]) -> None:
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps(fields), encoding="utf-8")
-    partial.replace(note)

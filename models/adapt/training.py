@@ -23,7 +23,7 @@ import numpy as np
 from qingyu.errors import InvalidOptionError, OutputError
 from qingyu.models.extras import require
 
-__all__ = ["Schedule", "Trained", "TrainingFolder", "check_extra", "train"]
+__all__ = ["Schedule", "Trained", "TrainingFolder", "check_extra", "train", "write_note"]
 
 PACKAGES = ("torch", "transformers", "sentence_transformers", "accelerate", "datasets", "peft")
 KEPT_CHECKPOINTS = 2
@@ -146,9 +146,7 @@ class TrainingFolder:
                 found="a folder with other files in it",
                 remedy="Name another folder.",
             )
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_note(path, wanted)
 
     def _compare(self, wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
         names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
@@ -159,6 +157,13 @@ class TrainingFolder:
                 found=", ".join(f"{name}={wanted.get(name)!r}" for name in names),
                 remedy="Go on with the same options, or name another folder.",
             )
+
+
+def write_note(path: Path, document: object) -> None:
+    """Put a JSON document at ``path``, whole or not at all; ``OSError`` where the disk refuses."""
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ def _strange(origin: str, expected: str, found: object) -> SourceError:
         f"{origin} answers strangely",
         expected=expected,
         found=shown if len(shown) <= 80 else shown[:77] + "...",
-        remedy="Check HF_ENDPOINT, or try another source with --from.",
+        remedy="Check HF_ENDPOINT, QINGYU_MIRROR or MODELSCOPE_ENDPOINT, or try another source with --from.",
     )
 
 

@@ -29,6 +29,7 @@ from qingyu.runtime.embedder import Embedder, LongText
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.fingerprint import fingerprint
 from qingyu.runtime.onnxruntime_engine import Profile
+from qingyu.runtime.scripts import Script
 from qingyu.runtime.task import Report
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class BulkOptions:
     max_memory_mb: int | None = None
     special_tokens: Literal["parse", "text"] = "parse"
     unicode_form: Literal["NFKC"] | None = None
+    script: Script | None = None
 
     def open(self, model: str) -> Embedder:
         """The model, opened as the options say."""
@@ -71,6 +73,7 @@ class BulkOptions:
             max_memory_mb=self.max_memory_mb,
             special_tokens=self.special_tokens,
             unicode_form=self.unicode_form,
+            script=self.script,
         )
 
     def fingerprint(self, embedder: Embedder) -> str:
@@ -82,6 +85,7 @@ class BulkOptions:
             normalize=self.normalize,
             special_tokens=self.special_tokens,
             unicode_form=self.unicode_form,
+            script=self.script,
         )
 
 

@@ -98,7 +98,8 @@ class Telemetry:
     """Counts what happens. All calls are of the event loop's thread but ``exposition``."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # when a counter began is of no use here, and doubles the text
+        # When a counter began is of no use here, and doubles the text.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.service: Service | None = None
         self.connections: Callable[[], int] = lambda: 0

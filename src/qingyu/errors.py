@@ -69,6 +69,7 @@ __all__ = [
     "StoreError",
     "TextTooLongError",
     "TokenizerError",
+    "TruncationWarning",
     "UnknownTokenWarning",
     "UnsafeFolderError",
     "UnsupportedModelError",
@@ -237,3 +238,7 @@ class UnknownTokenWarning(UserWarning):
 
 class FallbackWarning(UserWarning):
     """A model's graph gives wrong vectors on this machine, so its FP32 graph is used."""
+
+
+class TruncationWarning(UserWarning):
+    """Texts to train on are longer than what is trained on, so that their ends do not count."""

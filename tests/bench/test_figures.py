@@ -18,7 +18,7 @@ from qingyu.bench.__main__ import main as bench_main
 from qingyu.bench.machine import closure, installed_megabytes, machine
 from qingyu.bench.report import figures_of, rendered, write_report
 from qingyu.bench.shapes import SHAPES, Shape, vocabulary, write_checkpoint
-from qingyu.bench.summary import Spread, percentile, summarize
+from qingyu.bench.summary import Spread, is_disturbed, percentile, summarize
 from qingyu.bench.targets import targets
 from qingyu.bench.texts import read_sources, varied_texts
 from qingyu.bench.wall import Ceiling, operations_per_token
@@ -98,11 +98,27 @@ def test_rounds_of_different_runs_are_never_divided():
 
 def test_what_was_measured_beside_others_is_left_out_and_counted():
     rows = made_rows()
-    busy = [{**row, "round": 7, "seconds": 100.0, "foreign": 0.5} for row in rows if row.get("round") == 0]
+    load = {"foreign": 0.5, "own": 0.7, "idle": 0.0}
+    busy = [{**row, "round": 7, "seconds": 100.0, **load} for row in rows if row.get("round") == 0]
     before, after = summarize(rows), summarize(rows + busy)
     assert (before["disturbed"], after["disturbed"]) == (0, len(busy))
     assert {**before, "disturbed": 0} == {**after, "disturbed": 0}
     assert targets(rows) == targets(rows + busy)
+
+
+@pytest.mark.parametrize(
+    ("foreign", "own", "idle", "disturbed"),
+    [
+        (0.05, 1.3, 0.0, False),  # too little to matter
+        (0.3, 1.4, 0.0, True),
+        (0.5, 1.0, 0.0, False),  # one thread, which had one of two CPUs to itself
+        (0.6, 0.8, 0.0, True),  # one thread, which had less
+        (0.9, 0.01, 0.0, True),
+        (0.3, 0.8, 0.3, False),  # nobody wanted the rest
+    ],
+)
+def test_others_disturb_only_who_misses_what_they_take(foreign, own, idle, disturbed):
+    assert is_disturbed({"foreign": foreign, "own": own, "idle": idle}) is disturbed
 
 
 def test_the_share_of_the_ceiling_is_of_the_faster_engine():
@@ -143,13 +159,14 @@ def test_targets_of_nothing_are_not_measured():
 
 def test_the_page_is_made_of_the_json_alone(tmp_path):
     pytest.importorskip("matplotlib")
-    table = write_report(made_rows(), tmp_path)
+    table = write_report(made_rows(), tmp_path, note="Mind the note.")
     figures = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert text == rendered(figures)
     assert "| **qingyu-int8** | 1.00 (1.00 to 1.00) |" in text
     assert "a \\| b c" in text  # a reason stays in its cell
     assert "**not met**" in text
+    assert "Mind the note." in text
     assert "NOT MET" in table
     for name in figures["charts"]:
         assert f"benchmarks/{name}.svg" in text

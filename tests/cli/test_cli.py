@@ -388,3 +388,21 @@ def test_tables_align_text_of_two_cells():
     assert len({width(line) for line in lines}) == 1
     assert clip("a\nb", 9) == "a b"
     assert width(clip("轻语" * 50, 21)) <= 21
+
+
+def test_texts_that_are_not_measured_on_are_said(run, tiny_model, tiny_int8, tmp_path):
+    (tmp_path / "texts.txt").write_text("".join(f"今天{n}天气\n" for n in range(9)), "utf-8")
+    options = ["--against", tiny_model, "--texts", tmp_path / "texts.txt", "--speed-rounds", "0"]
+    for most, said in ((8, "only the first 8 texts are used of --texts "), (9, "")):
+        code, _, err = run("verify", tiny_int8, *options, "--max-texts", most)
+        assert code == 0
+        assert err.startswith(said) if said else "only the first" not in err
+
+
+def test_calibration_texts_that_are_not_used_are_said(capsys, tmp_path):
+    from qingyu.cli.quantize import CALIBRATION_TEXTS, _calibration
+
+    (tmp_path / "many.txt").write_text("今天\n" * (CALIBRATION_TEXTS + 1), "utf-8")
+    assert len(_calibration(str(tmp_path / "many.txt")) or []) == CALIBRATION_TEXTS
+    assert capsys.readouterr().err.startswith("only the first 512 texts are used of --calibration ")
+    assert _calibration(None) is None

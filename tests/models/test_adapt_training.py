@@ -16,7 +16,13 @@ import numpy as np
 import pytest
 
 from qingyu import Embedder
-from qingyu.errors import InputError, InvalidOptionError, OutputError, UnsupportedModelError
+from qingyu.errors import (
+    InputError,
+    InvalidOptionError,
+    OutputError,
+    TruncationWarning,
+    UnsupportedModelError,
+)
 from qingyu.models.adapt import (
     Entity,
     Example,
@@ -372,3 +378,19 @@ def test_a_folder_with_other_files_is_not_claimed(tmp_path):
     with pytest.raises(OutputError, match="other files"):
         TrainingFolder(tmp_path).claim({"task": "distil"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["classify", "tag"])
+def test_texts_that_are_cut_to_train_on_are_counted_in_a_warning(tiny_checkpoint, kind):
+    import transformers
+
+    from qingyu.models.adapt.heads import _classified, _tagged
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tiny_checkpoint))
+    texts = ["今天" * 20, "今天", "天气" * 9]
+    work, label, labels = (_classified, "好", ["好"]) if kind == "classify" else (_tagged, [], ["O"])
+    with pytest.warns(TruncationWarning, match="2 of 3 texts were cut at 16 tokens"):
+        found = work(tokenizer, [(text, label) for text in texts], labels, 16)
+    assert [len(ids) for ids in found["input_ids"]] == [16, 4, 16]
+    work(tokenizer, [("今天", label)], labels, 16)

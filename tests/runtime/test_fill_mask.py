@@ -217,6 +217,12 @@ def test_candidates_that_cannot_be_ranked_are_refused(model, candidates):
         model.fill("今天[MASK]", candidates=candidates)
 
 
+@pytest.mark.parametrize("candidate", ["\ud800", "今\ud800", 3, None, b"x"])
+def test_candidates_that_are_no_text_are_refused(model, candidate):
+    with pytest.raises(InvalidTextError, match=r"candidate .* is not (Unicode )?text: expected"):
+        model.fill("今天[MASK]", candidates=["气", candidate])
+
+
 @pytest.mark.parametrize("top_k", [0, -1, True, 2.5])
 def test_a_top_k_that_is_no_count_is_refused(model, top_k):
     with pytest.raises(InvalidOptionError, match="top_k"):

@@ -332,3 +332,21 @@ def test_a_mark_that_melts_into_its_letter_is_not_counted_into_the_span(bge):
     text = "ｶﾞ，好"
     found = bge(form="NFKC").tokenize(text)
     assert [text[start:end] for start, end in found.offsets if end] == ["ｶ", "，", "好"]
+
+
+def test_bulk_embedding_reads_the_script_and_names_its_vectors_otherwise(tiny_model):
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from qingyu.cli.embed import _bulk_options
+    from qingyu.runtime.bulk import BulkOptions
+
+    asked = qingyu_main_options("embed", "--script", "simplified", "--model", str(tiny_model))
+    options = _bulk_options(asked)
+    with options.open(str(tiny_model)) as reading, BulkOptions().open(str(tiny_model)) as plain:
+        assert np.array_equal(reading.embed([TRADITIONAL]), plain.embed([SIMPLIFIED]))
+        assert options.fingerprint(reading) != BulkOptions().fingerprint(plain)
+
+
+def qingyu_main_options(*arguments):
+    from qingyu.__main__ import build_parser
+
+    return build_parser().parse_args(arguments)

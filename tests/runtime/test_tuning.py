@@ -53,7 +53,9 @@ def test_what_is_stored_is_used_when_a_model_is_opened_and_dropped_when_forgotte
 
 
 @pytest.mark.parametrize(
-    "options", [{"threads": 1}, {"profile": "latency"}, {"profile": "edge"}], ids=lambda one: next(iter(one))
+    "options",
+    [{"threads": 1}, {"profile": "latency"}, {"profile": "edge"}, {"engine": "onnxruntime"}],
+    ids=lambda one: next(iter(one)),
 )
 def test_options_that_decide_are_not_overruled(home, spec, tiny_model, options):
     with Embedder.open(tiny_model, **options) as embedder:
@@ -83,7 +85,7 @@ def tuning_free(embedder):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("cpu_model", "another"), ("cpu_flags", ("none",)), ("available_cpus", 1 << 10), ("_version", "0.0")],
+    [("cpu_model", "another"), ("cpu_flags", ("none",)), ("available_cpus", 1 << 10), ("_versions", {})],
 )
 def test_another_machine_or_library_does_not_use_it(home, spec, monkeypatch, name, value):
     store(spec, BEST)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ __all__ = [
     "add_gate",
     "add_measuring",
     "as_text",
+    "first_texts",
     "refuse_embedding_options",
     "retrieval_sets",
     "similarity_sets",
@@ -112,9 +115,16 @@ def texts_of(options: argparse.Namespace) -> list[str] | None:
         )
     if options.texts is None:
         return None
-    return list(
-        islice(read_texts(options.texts, form=options.format, field=options.field), options.max_texts)
-    )
+    texts = read_texts(options.texts, form=options.format, field=options.field)
+    return first_texts(texts, options.max_texts, f"--texts {options.texts} (--max-texts changes that)")
+
+
+def first_texts(texts: Iterator[str], most: int, source: str) -> list[str]:
+    """The first ``most`` texts, and a line on standard error where there are more."""
+    kept = list(islice(texts, most))
+    if next(texts, None) is not None:
+        print(f"only the first {most:,} texts are used of {source}", file=sys.stderr)
+    return kept
 
 
 def retrieval_sets(options: argparse.Namespace) -> list[RetrievalSet]:

@@ -184,6 +184,7 @@ def _bulk_options(options: argparse.Namespace) -> BulkOptions:
         max_memory_mb=options.max_memory_mb,
         special_tokens=options.special_tokens,
         unicode_form="NFKC" if options.nfkc else None,
+        script=options.script,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from qingyu.cli.certificate import (
     add_gate,
     add_measuring,
     as_text,
+    first_texts,
     refuse_embedding_options,
     retrieval_sets,
     similarity_sets,
@@ -62,7 +62,9 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     add_measuring(parser)
     add_gate(parser)
     parser.add_argument(
-        "--calibration", metavar="FILE", help="texts to set scales with (default: the built-in sample)"
+        "--calibration",
+        metavar="FILE",
+        help=f"texts to set scales with, the first {CALIBRATION_TEXTS} (default: the built-in sample)",
     )
     parser.add_argument("--weight-bits", type=int, metavar="N", help="7 for CPUs without VNNI")
     parser.add_argument(
@@ -149,7 +151,9 @@ def _task_described(outcome: TaskOutcome, options: argparse.Namespace) -> str:
 
 
 def _calibration(source: str | None) -> list[str] | None:
-    return None if source is None else list(islice(read_texts(source), CALIBRATION_TEXTS))
+    if source is None:
+        return None
+    return first_texts(read_texts(source), CALIBRATION_TEXTS, f"--calibration {source}")
 
 
 def _described(outcome: Outcome, options: argparse.Namespace) -> str:
