@@ -124,7 +124,7 @@ class Report:
         self.split += 1
 
     def include(self, other: Report) -> None:
-        """Add the counts of another report, but not the texts that it names, as they are numbered from its own first."""
+        """Add the counts of another report; the texts that it names are numbered from its own first, and left."""
         for one in fields(self):
             if one.name != "cut":
                 setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
