@@ -13,7 +13,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,20 @@ from qingyu.bench.rounds import medians, ratios_to
 from qingyu.bench.summary import percentile
 from qingyu.bench.texts import read_sources
 from qingyu.bench.workloads import WORKLOADS
-from qingyu.errors import InvalidOptionError
+from qingyu.errors import InvalidOptionError, UnknownTokenWarning
 from qingyu.runtime.cpu import available_cpus, cpu_flags, cpu_model
 from qingyu.runtime.embedder import Embedder, Report
 from qingyu.runtime.tuning import Tuning
 
-__all__ = ["LEAST_SECONDS", "main", "measure", "tuning_of"]
+__all__ = ["LEAST_SECONDS", "is_disturbed", "main", "measure", "tuning_of"]
 
 BUDGETS = (128, 256, 512, 1024, 2048)
 LEAST_SECONDS = 5.0
-ROUND_SECONDS = 0.4  # of one setting in one round, about
+ROUND_SHARE = 0.01  # of the time that there is: one setting in one round, about
 LEAST_ROUNDS = 3
 # A setting is worth keeping only if it beats the default by more than rounds differ by anyway.
 WORTH = 1.03
+MOST_FOREIGN = 8.0  # percent
 QUERIES = 200
 
 MEMORY = """
@@ -61,7 +63,7 @@ class _Setting:
 
 
 def measure(model: str, *, seconds: float = 40.0) -> dict[str, Any]:
-    """Everything about one embedding model, in about ``seconds``.
+    """Everything about one embedding model, in about ``seconds``, and what others used of the machine meanwhile.
 
     Raises what ``Embedder.open`` raises, and ``InvalidOptionError`` for fewer than 5 seconds.
     """
@@ -72,6 +74,15 @@ def measure(model: str, *, seconds: float = 40.0) -> dict[str, Any]:
             found=f"{seconds:g}",
             remedy="Less tells nothing.",
         )
+    with warnings.catch_warnings():
+        # A lone query may well have an unknown token.
+        warnings.simplefilter("ignore", UnknownTokenWarning)
+        before = _ticks()
+        found = _measure(model, seconds)
+        return {**found, "foreign_percent": _foreign(before, _ticks())}
+
+
+def _measure(model: str, seconds: float) -> dict[str, Any]:
     sources = read_sources(None)
     texts = WORKLOADS["mixed"].sample(sources, 2000)
     with Embedder.open(model) as embedder:
@@ -84,7 +95,7 @@ def measure(model: str, *, seconds: float = 40.0) -> dict[str, Any]:
             "flags": list(cpu_flags()),
             "cpus": available_cpus(),
         }
-        chosen = _as_many_as_take(embedder, texts, ROUND_SECONDS)
+        chosen = _as_many_as_take(embedder, texts, ROUND_SHARE * seconds)
         report = Report()
         embedder.embed(chosen, report=report)
     bulk = _bulk(model, chosen, report.tokens, default, 0.7 * seconds)
@@ -97,8 +108,32 @@ def measure(model: str, *, seconds: float = 40.0) -> dict[str, Any]:
 PROFILES = ("throughput", "latency", "edge")
 
 
-def tuning_of(measured: dict[str, Any]) -> Tuning | None:
-    """The best setting, if it is clearly better than the default."""
+def _ticks() -> tuple[float, float, float]:
+    """Seconds of all CPUs, those of them that were not idle, and those of this process and its children."""
+    import psutil
+
+    system, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = system.idle + getattr(system, "iowait", 0.0)
+    # The two are parts of others.
+    whole = sum(system) - getattr(system, "guest", 0.0) - getattr(system, "guest_nice", 0.0)
+    return whole, whole - idle, own.user + own.system + own.children_user + own.children_system
+
+
+def _foreign(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """What others used of all CPUs, in percent."""
+    whole, busy, own = (now - then for now, then in zip(after, before, strict=True))
+    return round(100 * max(0.0, busy - own) / whole, 1) if whole > 0 else 0.0
+
+
+def is_disturbed(measured: Mapping[str, Any]) -> bool:
+    """Whether others used so much of the machine meanwhile that the figures are not its own."""
+    return float(measured["foreign_percent"]) > MOST_FOREIGN
+
+
+def tuning_of(measured: Mapping[str, Any]) -> Tuning | None:
+    """The best setting, if it is clearly better than the default, and nobody else used the machine."""
+    if is_disturbed(measured):
+        return None
     best = measured["best"]
     return Tuning(best["threads"], best["token_budget"]) if best["times_default"] >= WORTH else None
 

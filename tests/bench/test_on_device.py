@@ -23,7 +23,6 @@ def found(tiny_int8):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(on_device, "BUDGETS", (64, 512))
-        patch.setattr(on_device, "ROUND_SECONDS", 0.01)
         patch.setattr(on_device, "LEAST_SECONDS", 0.01)
         return measure(str(tiny_int8), seconds=0.1)
 
@@ -41,6 +40,7 @@ def test_every_setting_is_measured_in_every_round_and_the_best_is_one_of_them(fo
     for row in found["latency"].values():
         assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
     assert all(row["opened_mb"] > 10 for row in found["memory"].values())
+    assert 0 <= found["foreign_percent"] <= 100
 
 
 def test_too_short_a_time_is_an_error(tiny_int8):
@@ -50,19 +50,33 @@ def test_too_short_a_time_is_an_error(tiny_int8):
 
 def test_only_a_clear_gain_is_worth_keeping():
     row = {"threads": 1, "token_budget": 256}
-    assert tuning_of({"best": {**row, "times_default": 1.01}}) is None
-    assert tuning_of({"best": {**row, "times_default": 1.2}}) == Tuning(1, 256)
+    alone = {"foreign_percent": 1.0}
+    assert tuning_of({"best": {**row, "times_default": 1.01}, **alone}) is None
+    assert tuning_of({"best": {**row, "times_default": 1.2}, **alone}) == Tuning(1, 256)
+    assert tuning_of({"best": {**row, "times_default": 1.2}, "foreign_percent": 30.0}) is None
+
+
+def test_what_others_use_is_what_is_busy_beside_this_process():
+    assert on_device._foreign((0.0, 0.0, 0.0), (200.0, 150.0, 100.0)) == 25.0
+    assert on_device._foreign((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)) == 0.0
+    whole, busy, own = on_device._ticks()
+    assert whole >= busy >= own > 0
 
 
 def test_the_command_prints_a_table_or_json(found, monkeypatch, capsys):
-    monkeypatch.setattr(on_device, "measure", lambda _model, *, seconds: {**found, "asked": seconds})
+    load = {"foreign_percent": 40.0}
+    monkeypatch.setattr(on_device, "measure", lambda _model, *, seconds: {**found, **load, "asked": seconds})
     assert main(["bench"]) == 0
     table = capsys.readouterr().out
+    assert "others used 40 % of the machine meanwhile" in table
+    load["foreign_percent"] = 1.0
+    assert main(["bench"]) == 0
+    assert "others used" not in capsys.readouterr().out
     assert "default" in table
     assert "best" in table
     assert "one query, latency" in table
     assert main(["bench", "some-model", "--seconds", "7", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {**found, "asked": 7.0}
+    assert json.loads(capsys.readouterr().out) == {**found, **load, "asked": 7.0, "disturbed": False}
 
 
 def test_an_unknown_model_is_an_error(capsys):
@@ -73,7 +87,8 @@ def test_an_unknown_model_is_an_error(capsys):
 def test_doctor_keeps_what_it_measured_and_forgets_it(tiny_int8, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("QINGYU_HOME", str(tmp_path))
     best = {"threads": 1, "token_budget": 128, "times_default": 1.5}
-    monkeypatch.setattr(on_device, "measure", lambda _model: {"best": best})
+    load = {"foreign_percent": 0.0}
+    monkeypatch.setattr(on_device, "measure", lambda _model: {"best": best, **load})
 
     def settings(*options):
         assert main(["doctor", "--model", str(tiny_int8), "--json", *options]) == 0
@@ -84,6 +99,10 @@ def test_doctor_keeps_what_it_measured_and_forgets_it(tiny_int8, tmp_path, monke
     best["times_default"] = 1.0
     assert settings("--measure") == "defaults, measured to be best"
     best["times_default"] = 1.5
+    load["foreign_percent"] = 40.0
+    assert settings("--measure").startswith("defaults; not measured, as others used 40 %")
+    assert settings() == "defaults"
+    load["foreign_percent"] = 0.0
     settings("--measure")
     assert settings("--forget") == settings() == "defaults"
     (tmp_path / "tuned").rmdir()

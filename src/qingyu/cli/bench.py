@@ -31,9 +31,10 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
 
 def run(options: argparse.Namespace) -> int:
     """Print what was measured."""
-    from qingyu.bench.on_device import measure
+    from qingyu.bench.on_device import is_disturbed, measure
 
     found = measure(options.model, seconds=options.seconds)
+    found["disturbed"] = is_disturbed(found)
     print(json.dumps(found, ensure_ascii=False) if options.json else facts(as_facts(found)))
     return 0
 
@@ -60,5 +61,9 @@ def as_facts(found: Mapping[str, Any]) -> dict[str, object]:
     for profile, row in found["memory"].items():
         lines[f"memory, {profile}"] = (
             f"{row['opened_mb']:.0f} MB open, {row['after_mb']:.0f} MB after the texts"
+        )
+    if found["disturbed"]:
+        lines["mind"] = (
+            f"others used {found['foreign_percent']:.0f} % of the machine meanwhile; measure again when it is idle"
         )
     return lines

@@ -70,9 +70,12 @@ def _settings(options: argparse.Namespace) -> str:
     if options.forget or options.measure:
         forget(spec)
     if options.measure:
-        from qingyu.bench.on_device import measure, tuning_of
+        from qingyu.bench.on_device import is_disturbed, measure, tuning_of
 
-        best = tuning_of(measure(options.model))
+        found = measure(options.model)
+        if is_disturbed(found):
+            return f"defaults; not measured, as others used {found['foreign_percent']:.0f} % of the machine meanwhile"
+        best = tuning_of(found)
         if best is not None and store(spec, best) is None:
             return f"{best.threads} threads, {best.token_budget} tokens are best, but there is nowhere to keep it"
     kept = recall(spec)
