@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 from qingyu.runtime.embedder import BUNDLED, Embedder, LongText
 from qingyu.runtime.engine import Floats
+from qingyu.runtime.engines import EngineName
 from qingyu.runtime.onnxruntime_engine import Profile
 from qingyu.runtime.scheduler import Lane, Scheduler, Timing
 from qingyu.runtime.scripts import Script
@@ -84,6 +85,7 @@ class AsyncEmbedder:
         unicode_form: Literal["NFKC"] | None = None,
         script: Script | None = None,
         self_check: bool = True,
+        engine: EngineName = "auto",
         max_wait: float | None = 1.0,
         max_queue: int | None = None,
         max_delay: float = 0.0,
@@ -106,6 +108,7 @@ class AsyncEmbedder:
                 unicode_form=unicode_form,
                 script=script,
                 self_check=self_check,
+                engine=engine,
             )
             try:
                 own = cls(embedder, max_wait=max_wait, max_queue=max_queue, max_delay=max_delay)

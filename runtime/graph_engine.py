@@ -66,13 +66,15 @@ class Settings:
     micro-batch in several threads. ``default_threads``: ``None`` is all CPUs this process may use.
     ``token_budget``: tokens of one micro-batch, padding counted; after a larger run the memory that it took
     is given back. ``edge_file``: the manifest's edge file is used instead of the ONNX graph, where it has one
-    and the CPU computes exact products with it.
+    and the CPU computes exact products with it. ``spinning_us``: microseconds for which threads go on looking for work
+    after a run, so that the next one need not wake them.
     """
 
     one_thread_runs: bool
     default_threads: int | None
     token_budget: int
     edge_file: bool = False
+    spinning_us: int = 0
 
     def threads(self, requested: int | None) -> int:
         """Threads in all; raises ``InvalidOptionError`` for more than there are CPUs."""
@@ -98,7 +100,7 @@ class Settings:
 # - Graph optimization levels differ by less than 3% in speed, so the default, all, stays.
 PROFILES: Mapping[Profile, Settings] = {
     "throughput": Settings(one_thread_runs=True, default_threads=None, token_budget=512),
-    "latency": Settings(one_thread_runs=False, default_threads=None, token_budget=1024),
+    "latency": Settings(one_thread_runs=False, default_threads=None, token_budget=1024, spinning_us=2000),
     "edge": Settings(one_thread_runs=False, default_threads=1, token_budget=256, edge_file=True),
 }
 

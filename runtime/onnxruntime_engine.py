@@ -62,8 +62,8 @@ MODEL_FORMAT = "session.load_model_format"
 
 SESSION_ENTRIES: Mapping[str, str] = {
     MODEL_FORMAT: "ONNX",  # whatever the bytes look like: the other format is a second parser
-    # Threads that wait for work spin within a run and sleep after it. On two threads, 32 tokens took 1.25 ms,
-    # as with spinning always on, which costs 38 ms of CPU after every request; without any spinning 1.80 ms.
+    # Threads that wait for work spin within a run and sleep after it: onnxruntime's own way costs 38 ms of CPU after
+    # every request. Where waking them is slow, that is felt by the next request; see ``Settings.spinning_us``.
     "session.intra_op.allow_spinning": "1",
     "session.force_spinning_stop": "1",
 }
@@ -120,6 +120,7 @@ class OnnxRuntimeEngine(GraphEngine):
             threads=self.settings.threads_of_one_run(self.threads),
             entries={
                 **_product_entries(self.spec),
+                **_spinning_entries(self.settings),
                 **({} if self._edge is None else _edge_entries(self._edge)),
             },
         )
@@ -251,6 +252,17 @@ def _refuse_graph(origin: str, what: str, expected: str, found: str) -> NoReturn
 
 def _edge_entries(edge: EdgeFile) -> dict[str, str]:
     return {**edge.session, MODEL_FORMAT: "ORT"}
+
+
+def _spinning_entries(settings: Settings) -> Mapping[str, str]:
+    if not settings.spinning_us:
+        return {}
+    return {
+        "session.force_spinning_stop": "0",
+        "session.intra_op.spin_duration_us": str(
+            settings.spinning_us
+        ),  # versions that do not know it spin for longer
+    }
 
 
 def _product_entries(spec: ModelSpec) -> Mapping[str, str]:

@@ -387,11 +387,16 @@ def _marks(values: Sequence[object]) -> str:
     return ", ".join("?" * len(values))
 
 
+NO_VALUE = "[]"  # of a list or an object, which is there and equals no value that can be asked for
+
+
 def _indexed(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The fields that can be filtered by, with the form of their values that equal values share."""
     for name, value in fields.items():
         if isinstance(value, (str, int, float)):
             yield name, _canonical(value)
+        elif value is not None:
+            yield name, NO_VALUE
 
 
 def _canonical(value: str | int | float) -> str:

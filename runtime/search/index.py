@@ -301,7 +301,7 @@ class SearchIndex:
         if not isinstance(store, KeptStore):
             raise InvalidOptionError(
                 "build",
-                expected="a store that lists its documents",
+                expected="an index in a folder, or another store that lists its documents",
                 found=type(store).__name__,
                 remedy="Use add and update.",
             )

@@ -130,3 +130,26 @@ def test_the_manifest_keeps_the_record_and_refuses_a_wrong_one(spec):
     lax = dataclasses.replace(spec, openvino=dataclasses.replace(spec.openvino, least_cosine=0.1))
     with pytest.raises(ManifestError, match=r"openvino\.least_cosine"):
         ModelSpec.from_json(lax.to_json())
+
+
+def test_only_the_latency_profile_keeps_its_threads_awake_and_for_two_milliseconds(tiny_int8, monkeypatch):
+    """By default onnxruntime's would burn tens of milliseconds of CPU after every request."""
+    from qingyu.runtime import onnxruntime_engine
+
+    seen = {}
+    real = onnxruntime_engine.session_options
+
+    def note(onnxruntime, *, threads, entries=None):
+        options = real(onnxruntime, threads=threads, entries=entries)
+        seen[profile] = [
+            options.get_session_config_entry(name)
+            for name in ("session.force_spinning_stop", "session.intra_op.spin_duration_us")
+            if name in {**onnxruntime_engine.SESSION_ENTRIES, **(entries or {})}
+        ]
+        return options
+
+    monkeypatch.setattr(onnxruntime_engine, "session_options", note)
+    for profile in ("throughput", "latency", "edge"):
+        with OnnxRuntimeEngine(tiny_int8, read_spec(tiny_int8), profile=profile) as engine:
+            engine.open()
+    assert seen == {"throughput": ["1"], "latency": ["0", "2000"], "edge": ["1"]}
