@@ -137,7 +137,6 @@ MIDDLE = """
 - Rows 17 and 18 were tried for seconds instead of a minute while others kept both cores busy, with their clients on
   them, too. That they are not met says little; they have to be repeated. [serving.md](serving.md) has other figures of
   overload.
-- Row 12 is 33 ms against a bar of 30 on the same busy machine, and not met.
 - Row 18 found a server that stood still once nobody read its log: libraries wrote tracebacks of clients that had left
   to standard error from the event loop. They go through the log's own queue now.
 - A manifest that could not be opened (no more open files, or no permission) was an `OSError` instead of one of our
