@@ -75,6 +75,9 @@ ceiling is that of bare integer products (MatMulInteger of onnxruntime, operands
 OpenVINO's, where installed) at the model's shapes, one thread a CPU, measured in the same rounds; shares are of the
 faster of the two.
 
+OpenVINO compiles kernels for each new shape of a batch. Rounds repeat the same texts, and its first pass is not timed:
+contenders with OpenVINO, ours too, are shown as they are once they have seen all shapes.
+
 Not measured here: other machines, ARM, energy, and anything over a network.
 """
 

@@ -575,7 +575,7 @@ def _ask_once(request: urllib.request.Request) -> str | None:
     "0 different bits; speed >= 0.9 of serial",
 )
 def threads(setting: Setting) -> Found:
-    found = child("threads", setting.model)
+    found = child("threads", setting.model, 1 if setting.quick else 3)
     figure = f"{found['different']} of {found['calls']:,} vectors differ; {found['speed_ratio']} times serial speed"
     return Found(figure, found["different"] == 0 and found["speed_ratio"] >= 0.9, found)
 

@@ -259,7 +259,9 @@ def _spinning_entries(settings: Settings) -> Mapping[str, str]:
         return {}
     return {
         "session.force_spinning_stop": "0",
-        "session.intra_op.spin_duration_us": str(settings.spinning_us),  # versions that do not know it spin for longer
+        "session.intra_op.spin_duration_us": str(
+            settings.spinning_us
+        ),  # versions that do not know it spin for longer
     }
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -122,6 +122,12 @@ class Report:
         if any(piece.truncated for piece in pieces):
             self._add_cut(number, sum(piece.dropped for piece in pieces))
         self.split += 1
+
+    def include(self, other: Report) -> None:
+        """Add the counts of another report; the texts that it names are numbered from its own first, and left."""
+        for one in fields(self):
+            if one.name != "cut":
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     def warn(self) -> None:
         """Issue ``UnknownTokenWarning`` when more than a tenth of the tokens are unknown."""

@@ -95,7 +95,7 @@ def _folded(plan: GraphPlan, graph: onnx.GraphProto, folder: Path) -> Weights:
     weights: Weights = {}
     for name, shape in weight_shapes(plan.architecture).items():
         if name in stored:
-            weights[name] = stored[name].astype(np.float32).reshape(shape)
+            weights[name] = _by_columns(name, stored[name].astype(np.float32)).reshape(shape)
         elif f"{name}.codes" in stored and stored[f"{name}.codes"].shape == shape:
             # Scales are (entries, 1) for the rows of a table, (out,) for the columns of a linear layer.
             codes = stored[f"{name}.codes"].astype(np.float32)
@@ -105,6 +105,15 @@ def _folded(plan: GraphPlan, graph: onnx.GraphProto, folder: Path) -> Weights:
         else:
             _refuse(folder, "weights stored as they are, or as codes and scales", f"no {name}")
     return weights
+
+
+def _by_columns(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A weight (in, heads, head size) where a narrow graph keeps it by head: keys and values of its last layer."""
+    if weight.ndim != 3:
+        return weight
+    axes = (2, 0, 1) if ".key." in name else (1, 0, 2)
+    turned: NDArray[np.float32] = weight.transpose(axes)
+    return turned
 
 
 def _unscaled(plan: GraphPlan, graph: onnx.GraphProto, weights: Weights) -> Weights:
@@ -165,12 +174,12 @@ def _vectors(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def _norm_states(graph: onnx.GraphProto) -> dict[str, str]:
-    """Names of what LayerNormalizations give, flattened or not, and the names of their weights."""
+    """Names of what LayerNormalizations give, whole, flattened or chosen from, and the names of their weights."""
     states: dict[str, str] = {}
     for node in graph.node:
         if node.op_type == "LayerNormalization":
             states[node.output[0]] = node.input[1].removesuffix(".LayerNorm.weight")
-        if node.op_type == "Reshape" and node.input[0] in states:
+        if node.op_type in ("Reshape", "Gather") and node.input[0] in states:
             states[node.output[0]] = states[node.input[0]]
     return states
 

@@ -56,8 +56,7 @@ class Done:
         self.bad += len(facts.bad)
         self.blank += facts.blank
         self.parts += 1
-        for name, value in vars(facts.report).items():
-            setattr(self.report, name, getattr(self.report, name) + value)
+        self.report.include(facts.report)
 
     def check(self) -> None:
         """Raise ``ClusterError`` for blocks given up, else ``DataFileError`` for bad rows; both say how many."""

@@ -147,6 +147,7 @@ class Worker:
         rows = read_rows(block, recipe.options.field, recipe.schema)
         report = Report()
         vectors = self._embed(rows, report)
+        report.cut.clear()  # numbers within a block say nothing to a reader of the whole
         facts = PartFacts(len(rows.texts), tuple(rows.bad), rows.blank, report)
         table = table_of(block, rows, vectors, recipe.options.dtype)
         write_part(attempt, table, facts, recipe.output, block)

@@ -36,6 +36,16 @@ def test_an_int8_folder_gives_a_checkpoint_of_its_weights(tiny_int8, tmp_path):
     assert cosines.min() >= 0.9995
 
 
+def test_a_narrow_graph_gives_the_keys_and_values_that_it_keeps_by_head(tiny_checkpoint, tmp_path):
+    from qingyu.quantize import quantize
+
+    export(tiny_checkpoint, tmp_path / "fp32", pooling="cls")
+    spec = quantize(tmp_path / "fp32", tmp_path / "int8", texts=TEXTS, speed_rounds=0).spec
+    assert spec.outputs == ("pooled",)
+    cosines = (vectors(unpacked(tmp_path / "int8", tmp_path)) * vectors(tmp_path / "int8")).sum(axis=1)
+    assert cosines.min() >= 0.9995
+
+
 def test_the_bundled_model_comes_back_with_tokenizer_prompts_and_pooling(tmp_path):
     again = unpacked("qingyu-mini-zh", tmp_path)
     with Embedder.open() as before, Embedder.open(again) as after:

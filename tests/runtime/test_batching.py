@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qingyu.errors import ClosedError
-from qingyu.runtime.batching import FIRST_WINDOW, LAST_WINDOW, Batcher, Workers, micro_batches, windows
+from qingyu.runtime.batching import (
+    BATCH_TOKENS,
+    FIRST_WINDOW,
+    LAST_WINDOW,
+    Batcher,
+    Workers,
+    micro_batches,
+    windows,
+)
 from qingyu.runtime.engine import TokenBatch
 from qingyu.runtime.tokenizer import EncodedText
 
@@ -44,6 +52,32 @@ def test_sorting_leaves_little_padding_on_mixed_lengths():
     lengths = np.random.default_rng(0).lognormal(np.log(48), 0.8, 2048).clip(3, 512).astype(int).tolist()
     padded = sum(len(g) * max(lengths[n] for n in g) for g in micro_batches(lengths, 512))
     assert padded / sum(lengths) < 1.03
+
+
+def test_few_texts_of_mixed_lengths_are_padded_little_too():
+    lengths = np.random.default_rng(0).lognormal(np.log(48), 0.9, 192).clip(3, 512).astype(int).tolist()
+    groups = micro_batches(lengths, 512)
+    padded = sum(len(g) * max(lengths[n] for n in g) for g in groups)
+    assert padded / sum(lengths) < 1.03
+    assert len(groups) < 1.2 * sum(lengths) / 512 + 5  # not by one text a micro-batch
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(1, 80))
+def test_no_other_cut_of_sorted_texts_costs_less(lengths, budget):
+    ordered = sorted(lengths, reverse=True)
+
+    def cost(groups):
+        return sum(len(group) * group[0] + BATCH_TOKENS for group in groups)
+
+    def cuts(texts):
+        if not texts:
+            yield []
+        for rows in range(1, len(texts) + 1):
+            if rows == 1 or rows * texts[0] <= budget:
+                yield from ([texts[:rows], *rest] for rest in cuts(texts[rows:]))
+
+    found = [[lengths[n] for n in group] for group in micro_batches(lengths, budget)]
+    assert cost(found) == min(map(cost, cuts(ordered)))
 
 
 def test_windows_keep_order_and_grow_to_their_bound():

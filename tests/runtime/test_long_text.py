@@ -135,3 +135,14 @@ def test_streams_split_long_texts_in_their_place(embedder):
 def test_options_out_of_range_are_refused(embedder, options):
     with pytest.raises(InvalidOptionError):
         embedder.embed("今天", **options)
+
+
+def test_counts_of_another_report_are_added_and_its_numbers_left(embedder):
+    first, second = Report(), Report()
+    embedder.embed([SENTENCES[0], LONG], report=first)
+    embedder.embed([LONG, LONG], report=second)
+    kept = list(first.cut)
+    dropped = first.dropped
+    first.include(second)
+    assert (first.texts, first.truncated, first.dropped) == (4, 3, 3 * dropped)
+    assert first.cut == kept == [(1, dropped)]

@@ -131,7 +131,7 @@ def print_report(report: Report, max_tokens: int, *, refusable: bool = True) -> 
         remedy = " (--long-text error refuses them, mean reads them whole)" if refusable else ""
         print(
             f"{report.truncated:,} of {report.texts:,} texts were cut at {max_tokens} tokens{remedy}; "
-            f"{report.dropped:,} characters were not read: {_cut_texts(report)}",
+            f"{report.dropped:,} characters were not read{_cut_texts(report)}",
             file=sys.stderr,
         )
     if report.split:
@@ -141,5 +141,7 @@ def print_report(report: Report, max_tokens: int, *, refusable: bool = True) -> 
 
 def _cut_texts(report: Report) -> str:
     named = [f"the last {dropped:,} of text {number:,}" for number, dropped in report.cut]
-    rest = report.truncated - len(report.cut)
-    return ", ".join(named) + (f", and those of {rest:,} more texts" if rest else "")
+    if not named:
+        return ""
+    rest = report.truncated - len(named)
+    return ": " + ", ".join(named) + (f", and those of {rest:,} more texts" if rest else "")

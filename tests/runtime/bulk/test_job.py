@@ -283,6 +283,8 @@ def test_ten_megabytes_in_one_row_are_a_row(here, tmp_path, tiny_model):
     path = write_lines(tmp_path / "in.jsonl", [{"text": "今天天气真好。" * 500_000}, {"text": "明天"}])
     done = bulk_embed(str(path), tmp_path / "out", model=tiny_model)
     assert (done.rows, done.bad, done.report.truncated) == (2, 0, 1)
+    assert done.report.dropped == 7 * 500_000 - 62
+    assert done.report.cut == [], "numbers within a block are those of no row that anybody knows"
 
 
 def test_a_rerun_does_only_what_is_missing_or_broken(here, tmp_path, tiny_model):
