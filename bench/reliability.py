@@ -134,6 +134,9 @@ MIDDLE = """
   download had ended well. It has to be repeated. About half of the downloads had ended before the kill came.
 - Row 22: the same measurement on an idle machine gave medians of 144 and 153 ms ([performance.md](performance.md)).
 - Row 11 repeats nothing; [cpus.md](cpus.md) says how its figures were made, and what emulation cannot tell.
+- Rows 17 and 18 were tried for seconds instead of a minute while others kept both cores busy, with their clients on
+  them, too. That they are not met says little; they have to be repeated. [serving.md](serving.md) has other figures of
+  overload.
 - Row 18 found a server that stood still once nobody read its log: libraries wrote tracebacks of clients that had left
   to standard error from the event loop. They go through the log's own queue now.
 - A manifest that could not be opened (no more open files, or no permission) was an `OSError` instead of one of our

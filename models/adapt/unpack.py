@@ -111,7 +111,9 @@ def _by_columns(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
     """A weight (in, heads, head size) where a narrow graph keeps it by head: keys and values of its last layer."""
     if weight.ndim != 3:
         return weight
-    return weight.transpose(2, 0, 1) if ".key." in name else weight.transpose(1, 0, 2)
+    axes = (2, 0, 1) if ".key." in name else (1, 0, 2)
+    turned: NDArray[np.float32] = weight.transpose(axes)
+    return turned
 
 
 def _unscaled(plan: GraphPlan, graph: onnx.GraphProto, weights: Weights) -> Weights:
