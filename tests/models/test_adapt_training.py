@@ -186,6 +186,8 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tiny_checkpoint, ti
     logged = len((folder / "log.jsonl").read_text().splitlines())
     trained = killed_run(tiny_checkpoint, tiny_model, folder)
     after = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()[logged:]]
+    if after[0] == steps[-2]:  # transformers 4 evaluates once more what it goes on from
+        after = after[1:]
     assert after[0] == steps[-2] + 2
     assert after[-1] == trained.steps
     assert trained.model.is_dir()
