@@ -165,7 +165,7 @@ def _loss(model: Any, dims: Sequence[int]) -> Any:  # noqa: ANN401
     loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
     if not dims:
         return loss
-    whole = int(model.get_sentence_embedding_dimension())
+    whole = int(model.get_embedding_dimension())
     return MatryoshkaLoss(model, loss, matryoshka_dims=sorted({whole, *dims}, reverse=True))
 
 

@@ -131,7 +131,7 @@ def test_encode_gives_what_sentence_transformers_gives(tiny_checkpoint, embedder
     assert np.allclose(ours.similarity(a, b), reference.similarity(a, b), atol=1e-5)
     assert np.allclose(ours.similarity_pairwise(a, b), reference.similarity_pairwise(a, b), atol=1e-5)
     assert ours.max_seq_length == reference.max_seq_length
-    assert ours.get_sentence_embedding_dimension() == reference.get_sentence_embedding_dimension()
+    assert ours.get_sentence_embedding_dimension() == reference.get_embedding_dimension()
     assert ours.default_prompt_name == reference.default_prompt_name
 
 
