@@ -17,6 +17,7 @@ __all__ = [
     "add_long_text_arguments",
     "add_model_arguments",
     "add_opening_arguments",
+    "add_running_arguments",
     "new_command",
     "open_embedder",
     "opening",
@@ -67,6 +68,11 @@ def add_opening_arguments(parser: argparse.ArgumentParser, *, default: str | Non
         metavar="FOLDER",
         help=text if default is None else f"{text} (default: {default}, which travels in the package)",
     )
+    add_running_arguments(parser)
+
+
+def add_running_arguments(parser: Any) -> None:  # noqa: ANN401 - a parser, or argparse's private groups
+    """Add how models run and how they read text: what ``opening`` looks at."""
     parser.add_argument(
         "--profile",
         choices=("throughput", "latency", "edge"),
@@ -88,7 +94,7 @@ def add_opening_arguments(parser: argparse.ArgumentParser, *, default: str | Non
     parser.add_argument(
         "--script",
         choices=("simplified", "traditional"),
-        help="read Chinese in this script, whatever it is written in (extra opencc)",
+        help="read Chinese in this script, whatever it is written in (extra: opencc)",
     )
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qingyu.cli.common import BUNDLED, new_command
+from qingyu.cli.common import BUNDLED, add_running_arguments, new_command
 from qingyu.errors import DataFileError, InvalidOptionError
 
 __all__ = ["add", "run"]
@@ -49,34 +49,12 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
 
 
 def _add_opening(group: Any) -> None:  # noqa: ANN401 - argparse's private groups
-    group.add_argument(
-        "--profile",
-        choices=("throughput", "latency", "edge"),
-        default="throughput",
-        help="throughput: many texts; latency: one text at a time; edge: least memory (default: %(default)s)",
-    )
-    group.add_argument(
-        "--engine",
-        choices=("auto", "onnxruntime", "openvino"),
-        default="auto",
-        help="auto: OpenVINO where the model has a file for it that was measured faster on such a CPU (default: "
-        "%(default)s)",
-    )
-    group.add_argument("--threads", type=int, metavar="N", help="default: what affinity and CPU quota allow")
-    group.add_argument(
-        "--max-memory-mb", type=int, metavar="MB", help="resident memory that the process may reach"
-    )
+    add_running_arguments(group)
     group.add_argument(
         "--special-tokens",
         choices=("parse", "text"),
         default="parse",
         help="whether a typed [MASK] is the special token, or plain text (embedding, predicting, reranking)",
-    )
-    group.add_argument("--nfkc", action="store_true", help="fold full-width and compatibility forms first")
-    group.add_argument(
-        "--script",
-        choices=("simplified", "traditional"),
-        help="read Chinese in this script, whatever it is written in (extra: opencc)",
     )
 
 
