@@ -489,6 +489,7 @@ class LocalStore:
 
     def _publish(self, database: Database, graph: Graph, generation: int, last: int) -> None:
         path = self._graph_path(generation + 1)
+        graph.reconnect()
         written = graph.save(path) if len(graph) else FileFacts(0, "")
         with database.changing():
             database.set_facts(
