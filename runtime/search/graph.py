@@ -149,7 +149,7 @@ class Graph:
 
     def keys(self) -> Ids:
         """All keys, ascending; of a graph in memory, for usearch has no list of them for a mapped one."""
-        return np.sort(np.fromiter(self._index.keys, dtype=np.int64, count=len(self)))
+        return np.sort(np.asarray(self._index.keys).astype(np.int64))  # one by one they take quadratic time
 
     def save(self, path: Path) -> FileFacts:
         """Write the graph to a temporary name, and rename; it is on the disk when this returns.
