@@ -551,7 +551,9 @@ def _gunicorn(setting: Setting) -> dict[str, Any]:
 def _ask(port: int) -> str | None:
     """What was wrong with an answer; ``None`` for a good one. A server that is not up yet is asked again."""
     body = json.dumps({"inputs": ["今天天气真好"]}).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/embed", data=body, method="POST")
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/embed", body, {"content-type": "application/json"}
+    )
     deadline = time.monotonic() + 30
     found = _ask_once(request)
     while found is not None and time.monotonic() < deadline:

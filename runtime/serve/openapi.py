@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qingyu import __version__
-from qingyu.runtime.serve.bodies import BODIES, schema_of
+from qingyu.runtime.bodies import BODIES, schema_of
 from qingyu.runtime.serve.routes import ROUTES, Route
-from qingyu.runtime.serve.statuses import STATUSES, status_number
+from qingyu.runtime.statuses import STATUSES, status_number
 
 __all__ = ["document", "refusals_of"]
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from qingyu.runtime.serve.statuses import STATUSES
+from qingyu.runtime.statuses import STATUSES
 
 GOOD = {"inputs": "今天天气真好"}
 
