@@ -45,6 +45,7 @@ STATUSES: Mapping[str, Status] = {
     "too_many_inputs": Status(413, "more texts than --max-inputs allows"),
     "text_too_long": Status(413, "a text is longer than the model reads, and truncation was not allowed"),
     "unsupported_media_type": Status(415, "the body is not application/json, or is compressed"),
+    "wrong_host": Status(421, "the Host header names none that this server answers for; see --allowed-hosts"),
     "invalid_request": Status(422, "a field is unknown, missing, or not what it should be"),
     "invalid_text": Status(422, "a text is not Unicode (a lone surrogate), or lacks a mask to fill"),
     "headers_too_large": Status(431, "more bytes of headers than are read; the connection is closed"),

@@ -17,6 +17,7 @@ from typing import Any
 
 from qingyu.errors import QingyuError
 from qingyu.runtime.bodies import read_body
+from qingyu.runtime.serve.hosts import Hosts
 from qingyu.runtime.serve.protocol import Gate
 from qingyu.runtime.serve.routes import ROUTES, Call, Route
 from qingyu.runtime.serve.service import Service
@@ -71,11 +72,12 @@ class App:
 
     gate: Gate
 
-    def __init__(self, service: Service, telemetry: Telemetry, log: Log, keys: Keys) -> None:
+    def __init__(self, service: Service, telemetry: Telemetry, log: Log, keys: Keys, hosts: Hosts) -> None:
         self.service = service
         self.telemetry = telemetry
         self.log = log
         self._keys = keys
+        self._hosts = hosts
         self._routes = {(route.method, route.path): route for route in ROUTES}
         self._methods: dict[str, list[str]] = {}
         for route in ROUTES:
@@ -142,6 +144,8 @@ class App:
         receive: Receive,
         call: Call,
     ) -> Reply:
+        if not self._hosts.admit(headers.get(b"host")) and not _any_host(route):
+            raise RefusedError("wrong_host", "this server does not answer for that host; see --allowed-hosts")
         if route is None:
             raise RefusedError("not_found", "no such path; /openapi.json lists all")
         if isinstance(route, str):
@@ -232,6 +236,10 @@ def _request_id(sent: bytes | None) -> str:
 
 def _style(route: Route | str | None) -> Style:
     return route.style if isinstance(route, Route) else "tei"
+
+
+def _any_host(route: Route | str | None) -> bool:
+    return isinstance(route, Route) and route.any_host
 
 
 def _name(route: Route | str | None) -> str:

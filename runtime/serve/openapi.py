@@ -94,6 +94,7 @@ def refusals_of(route: Route, *, keys: bool) -> tuple[str, ...]:
         *route.refusals,
         *(WITH_BODY if route.method == "POST" else ()),
         *(("unauthorized",) if keys and route.key else ()),
+        *(() if route.any_host else ("wrong_host",)),
         *ALWAYS,
     )
 

@@ -63,6 +63,7 @@ class Route:
     style: Style = "tei"
     runs: bool = False  # a model: the route is refused when too much waits
     key: bool = True  # is asked for, where there are keys
+    any_host: bool = False  # may be asked by any name and address: it tells nothing, and probes use their own
     media: str = "application/json"
     refusals: tuple[str, ...] = ()
 
@@ -519,9 +520,15 @@ ROUTES: tuple[Route, ...] = (
         "GET", "/metrics", "Metrics for Prometheus", metrics, media="text/plain; version=0.0.4; charset=utf-8"
     ),
     Route("GET", "/openapi.json", "This document", openapi, key=False),
-    Route("GET", "/live", "Whether the process answers", live, key=False),
+    Route("GET", "/live", "Whether the process answers", live, key=False, any_host=True),
     Route(
-        "GET", "/ready", "Whether models can be used", ready, key=False, refusals=("not_ready", "draining")
+        "GET",
+        "/ready",
+        "Whether models can be used",
+        ready,
+        key=False,
+        any_host=True,
+        refusals=("not_ready", "draining"),
     ),
     Route(
         "GET",
@@ -529,6 +536,7 @@ ROUTES: tuple[Route, ...] = (
         "The same as /ready, by the name that text-embeddings-inference has for it",
         ready,
         key=False,
+        any_host=True,
         refusals=("not_ready", "draining"),
     ),
 )
