@@ -18,7 +18,7 @@ GOOD = {"inputs": "今天天气真好"}
 def head(length: int, *more: str) -> bytes:
     lines = [
         "POST /embed HTTP/1.1",
-        "Host: x",
+        "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {length}",
         *more,
@@ -26,7 +26,8 @@ def head(length: int, *more: str) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
 
 
-CHUNKED = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKED = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def status(answer: bytes) -> int:

@@ -67,7 +67,7 @@ def test_idle_connections_do_not_hold_the_end_up(start, tiny_model):
     with start("--model", f"tiny={tiny_model}") as server:
         idle = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(100)]
         for connection in idle[:50]:
-            connection.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         begun = time.monotonic()
         assert server.end() == 0
@@ -133,7 +133,7 @@ def test_a_client_that_leaves_is_not_computed_for(start, tiny_model, tmp_path):
     with start(*arguments, gate=gate) as server:
         body = json.dumps(GOOD).encode()
         request = (
-            b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             % len(body)
         )
         clients = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(41)]
@@ -398,7 +398,7 @@ def test_numbers_that_are_none_are_500_and_never_json(start, tiny_model, tmp_pat
 def test_more_connections_than_allowed_are_told(start, tiny_model):
     with start("--model", f"tiny={tiny_model}", "--max-connections", "3") as server:
         held = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(3)]
-        refused = server.raw(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        refused = server.raw(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert refused.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1" in refused
         for connection in held:
