@@ -264,11 +264,11 @@ def _server_errors(server: RunningServer) -> float:
 
 
 BROKEN = (
-    b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n",
-    b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-    b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 70_000 + b"\r\n\r\n",
-    b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
+    b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n",
+    b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 70_000 + b"\r\n\r\n",
+    b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
     + b"[" * 100_000,
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"GET / HTTP/9.9\r\n\r\n",
@@ -302,7 +302,7 @@ class _Bad:
     async def endless(self) -> None:
         """A body of 32 MB in pieces, whose size is not told."""
         _, writer = await asyncio.open_connection(self.host, self.port)
-        writer.write(b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(2000):
             writer.write(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
             await writer.drain()

@@ -147,7 +147,8 @@ def _failed(found: str) -> OperatorError:
 def request(path: str, document: object) -> dict[str, Any]:
     """An event that each of the handlers understands, of a POST request."""
     body = json.dumps(document, ensure_ascii=False)
-    return {"httpMethod": "POST", "path": path, "headers": {}, "requestContext": {}, "body": body}
+    headers = {"content-type": "application/json"}
+    return {"httpMethod": "POST", "path": path, "headers": headers, "requestContext": {}, "body": body}
 
 
 def measure(bundle: Path) -> dict[str, Any]:

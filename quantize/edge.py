@@ -1,8 +1,8 @@
 """Edge files: a model folder's graph in onnxruntime's own format, which is mapped into memory instead of read.
 
 The graph is optimized to the "extended" level only. The next one chooses memory layouts for the CPU at hand, and the
-file must run on any. onnxruntime reads files of older versions than itself, not of newer ones: write it with the
-oldest version that it will meet.
+file must run on any. Attention works on a few heads at a time (``qingyu.quantize.attention``). onnxruntime reads files
+of older versions than itself, not of newer ones: write it with the oldest version that it will meet.
 
 On CPUs whose fast integer products saturate, AVX2 without VNNI, the ``edge`` profile opens the graph of an INT8 model
 instead: only there can onnxruntime be asked for exact products.
@@ -34,8 +34,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from qingyu.errors import GraphError, OutputError, UnsupportedModelError
+from qingyu.quantize.attention import HEADS_AT_ONCE, split_heads
 from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.external_data import refuse_external_data
 from qingyu.runtime.onnxruntime_engine import (
@@ -102,12 +104,14 @@ def write_edge(folder: Path, spec: ModelSpec) -> ModelSpec:
     source = folder / spec.graph
     data = read_checked(folder, spec.graph, spec.files[spec.graph])
     refuse_external_data(data, str(source))
-    _check_space(folder, len(data))
+    _check_space(folder, 2 * len(data) + len(data) // 8)  # two files at once
     del data
     temporary = folder / f".{EDGE_FILE}.{os.getpid()}"
+    split = folder / f".{spec.graph}.{os.getpid()}"
     try:
-        _convert(source, temporary)
-        edge = EdgeFile(EDGE_FILE, _options_for(spec))
+        heads = _write_split(source, split, spec)
+        _convert(split, temporary)
+        edge = EdgeFile(EDGE_FILE, _options_for(spec), heads)
         _compare(folder, spec, dataclasses.replace(edge, file=temporary.name))
         record = FileRecord(temporary.stat().st_size, sha256_of(temporary))
         temporary.replace(folder / EDGE_FILE)
@@ -115,11 +119,20 @@ def write_edge(folder: Path, spec: ModelSpec) -> ModelSpec:
         raise _cannot_write(folder, str(error)) from None
     finally:
         temporary.unlink(missing_ok=True)
+        split.unlink(missing_ok=True)
     return dataclasses.replace(spec, edge=edge, files={**spec.files, EDGE_FILE: record})
 
 
 def _options_for(spec: ModelSpec) -> dict[str, str]:
     return {**MAPPED, **(UNPACKED if spec.recipe in UNPACKED_RECIPES else {})}
+
+
+def _write_split(source: Path, target: Path, spec: ModelSpec) -> int | None:
+    """The graph with its attention a few heads at a time; how many, ``None`` where nothing was split."""
+    model = onnx.load(source)
+    count = split_heads(model, spec.architecture.heads, most=HEADS_AT_ONCE)
+    onnx.save(model, target)
+    return HEADS_AT_ONCE if count else None
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -179,8 +192,8 @@ def _check_space(folder: Path, needed: int) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise _cannot_write(folder, str(error)) from None
-    if free < needed + needed // 8:
-        raise _cannot_write(folder, f"{free} bytes free of {needed + needed // 8}")
+    if free < needed:
+        raise _cannot_write(folder, f"{free} bytes free of {needed}")
 
 
 def _cannot_write(folder: Path, found: str) -> OutputError:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from qingyu.errors import ClosedError
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
+from qingyu.runtime.memory import LAST_WINDOW
 from qingyu.runtime.tokenizer import EncodedText
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ V = TypeVar("V")
 # A window grows from the first to the last size: the workers get their first batches early, and a long
 # input still sorts over enough texts that padding stays small.
 FIRST_WINDOW = 64
-LAST_WINDOW = 2048
-WINDOW_CHARACTERS = 1 << 21
+TEXT_CHARACTERS = 1 << 10  # of a text in a window, in the mean: longer ones make a window of fewer
 # What a micro-batch takes besides its tokens, in tokens: 1 x 20 took 4.1 ms, 16 x 20 27.0 (qingyu.bench.graph_forms).
 BATCH_TOKENS = 30
 
@@ -81,22 +81,22 @@ def _rows_of_least_cost(longest_first: Sequence[int], token_budget: int) -> list
     return found
 
 
-def windows(texts: Iterable[T]) -> Iterator[list[T]]:
+def windows(texts: Iterable[T], most: int = LAST_WINDOW) -> Iterator[list[T]]:
     """The texts, or tuples of texts, in lists of growing size, each bounded in texts and in characters.
 
     >>> [len(window) for window in windows(["轻语"] * 200)]
     [64, 128, 8]
     """
-    size, characters = FIRST_WINDOW, 0
+    size, characters = min(FIRST_WINDOW, most), 0
     window: list[T] = []
     for text in texts:
         window.append(text)
         # Anything that is not a text is refused when the window is encoded, not here.
         parts = text if isinstance(text, tuple) else (text,)
         characters += sum(len(part) for part in parts if isinstance(part, str))
-        if len(window) >= size or characters >= WINDOW_CHARACTERS:
+        if len(window) >= size or characters >= most * TEXT_CHARACTERS:
             yield window
-            size, characters, window = min(2 * size, LAST_WINDOW), 0, []
+            size, characters, window = min(2 * size, most), 0, []
     if window:
         yield window
 

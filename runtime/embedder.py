@@ -276,7 +276,7 @@ class Embedder(TaskModel):
         long.check(self.spec)
 
         def prepared() -> Iterator[tuple[tuple[list[str], _Ready], Sequence[EncodedText]]]:
-            for window in windows(texts):
+            for window in windows(texts, self.plan.window):
                 ready = self._prepared(window, prefix, width, to_unit, long, report)
                 yield (window, ready), ready.rows
 

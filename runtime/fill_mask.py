@@ -254,7 +254,7 @@ class FillMask(TaskModel):
         counted = Report() if report is None else report
 
         def prepared() -> Iterator[tuple[_Ready, Sequence[_Row]]]:
-            for window in windows(texts):
+            for window in windows(texts, self.plan.window):
                 ready = self.prepare(
                     window, top_k=top_k, candidates=candidates, scoring=scoring, report=counted
                 )
@@ -306,7 +306,7 @@ class FillMask(TaskModel):
         totals: list[float] = []
 
         def encoded() -> Iterator[tuple[list[int], list[_Row]]]:
-            for window in windows(listed(texts)):
+            for window in windows(listed(texts), self.plan.window):
                 first = len(totals)
                 rows = [self._each_masked(text, first + n) for n, text in enumerate(window)]
                 yield [len(own) for own in rows], [row for own in rows for row in own]

@@ -165,6 +165,15 @@ class GraphEngine:
         """How many threads should call ``run`` at once to use the machine as the profile means to."""
         return self.settings.workers(self.threads)
 
+    @property
+    def heads_at_once(self) -> int:
+        """How many heads' attention scores a run holds at once."""
+        return self.spec.architecture.heads
+
+    def unread_bytes(self) -> int:
+        """Of the memory that the loaded graph may take, what it has not taken yet."""
+        return 0
+
     def open(self) -> None:
         """Check and load the graph now, if that has not been done.
 

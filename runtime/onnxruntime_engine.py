@@ -38,6 +38,7 @@ from qingyu.runtime.graph_engine import (
     settings_of,
     typed,
 )
+from qingyu.runtime.memory import unread_bytes
 from qingyu.runtime.spec import EdgeFile, ModelSpec, check_file, read_checked
 
 __all__ = [
@@ -96,6 +97,16 @@ class OnnxRuntimeEngine(GraphEngine):
     def version(self) -> str:
         """The version of onnxruntime."""
         return str(import_onnxruntime().__version__)
+
+    @property
+    def heads_at_once(self) -> int:
+        """How many heads' attention scores a run holds at once."""
+        some = None if self._edge is None else self._edge.heads_at_once
+        return super().heads_at_once if some is None else some
+
+    def unread_bytes(self) -> int:
+        """What is left to be read of the mapped file: rows of the embedding table, mostly."""
+        return 0 if self._edge is None else unread_bytes(self._path)
 
     def with_spec(self, spec: ModelSpec) -> OnnxRuntimeEngine:
         """A new engine for another graph of the same folder, with this one's profile and threads."""

@@ -114,7 +114,7 @@ class QuestionAnswerer(TextModel):
 
         def prepared() -> Iterator[tuple[_Ready, Sequence[_Row]]]:
             done = 0
-            for window in windows(pairs):
+            for window in windows(pairs, self.plan.window):
                 ready = self.prepare(
                     window,
                     top_k=top_k,

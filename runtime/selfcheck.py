@@ -98,6 +98,15 @@ class CheckedEngine:
         """How many threads should call ``run`` at once."""
         return self._engine.workers
 
+    @property
+    def heads_at_once(self) -> int:
+        """How many heads' attention scores a run holds at once."""
+        return self._engine.heads_at_once
+
+    def unread_bytes(self) -> int:
+        """Of the memory that the loaded graph may take, what it has not taken yet."""
+        return self._engine.unread_bytes()
+
     def open(self) -> None:
         """Load the graph and check the machine now, if that has not been done.
 

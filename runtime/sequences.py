@@ -43,7 +43,7 @@ class SequenceModel(TextModel):
         """Windows of texts, each with its scores float64 (labels,)."""
 
         def prepared() -> Iterator[tuple[tuple[list[TextOrPair], _Ready], Sequence[EncodedPair]]]:
-            for window in windows(texts):
+            for window in windows(texts, self.plan.window):
                 ready = self.prepare(window, report=report)
                 yield (window, ready), ready.rows
 

@@ -99,10 +99,14 @@ class Golden:
 
 @dataclass(frozen=True)
 class EdgeFile:
-    """The same graph in onnxruntime's own format, and the session options to open it with, each "0" or "1"."""
+    """The same graph in onnxruntime's own format, and the session options to open it with, each "0" or "1".
+
+    ``heads_at_once`` is how many heads' attention scores a run holds at once; ``None`` is all.
+    """
 
     file: str
     session: Mapping[str, str] = field(default_factory=dict)
+    heads_at_once: int | None = None
 
 
 @dataclass(frozen=True)
@@ -513,6 +517,8 @@ def _is_unit_vector(text: str, dim: int) -> bool:
 
 
 def _check_edge(edge: EdgeFile, origin: str) -> None:
+    heads = edge.heads_at_once
+    _expect(heads is None or heads >= 1, heads, "at least 1", origin, "edge.heads_at_once")
     for option, value in edge.session.items():
         allowed = f"among {', '.join(EDGE_OPTIONS)}"
         _expect(option in EDGE_OPTIONS, option, allowed, origin, "edge.session")

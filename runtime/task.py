@@ -390,7 +390,7 @@ class TextModel(TaskModel):
         self, texts: Iterable[str], report: Report
     ) -> Iterator[tuple[tuple[list[str], list[TokenRow]], list[TokenRow]]]:
         """Windows of texts with their rows, and the rows again as what is run; counted in ``report``."""
-        for window in windows(texts):
+        for window in windows(texts, self.plan.window):
             rows = [self._token_row(text, report) for text in window]
             yield (window, rows), rows
 
@@ -431,12 +431,14 @@ def listed(texts: str | Iterable[str]) -> list[str]:
 def _plan(engine: CheckedEngine, spec: ModelSpec, token_budget: int, max_memory_mb: int | None) -> Plan:
     free = None
     if max_memory_mb is not None:
-        engine.open()  # what the weights take is measured, not estimated
-        free = max_memory_mb * MEGABYTE - resident_bytes()
+        # What weights and kernels take is measured, not estimated, and not before the first run.
+        engine.run(TokenBatch.pad([np.zeros(2, dtype=np.int64)], 0), spec.outputs[:1])
+        free = max_memory_mb * MEGABYTE - resident_bytes() - engine.unread_bytes()
     return plan(
         spec.architecture,
         max_tokens=spec.max_tokens,
         workers=engine.workers,
         token_budget=token_budget,
         free_bytes=free,
+        heads=engine.heads_at_once,
     )

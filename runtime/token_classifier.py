@@ -92,7 +92,7 @@ class TokenClassifier(TextModel):
         counted = Report() if report is None else report
 
         def prepared() -> Iterator[tuple[_Ready, Sequence[TokenRow]]]:
-            for window in windows(texts):
+            for window in windows(texts, self.plan.window):
                 ready = self.prepare(window, report=counted)
                 yield ready, ready.rows
 

@@ -1,55 +1,31 @@
-"""JSON requests for embeddings and their answers: the form of OpenAI's API and that of text-embeddings-inference.
+"""Bytes of requests and answers, for the HTTP server and serverless functions alike: JSON in, replies out.
 
-What arrives is untrusted: it is read strictly, within limits, and refused in the words of the API that was asked.
-Every function takes and gives plain values, so that a server and a serverless handler give the same answers.
-
-Not here: routing, and how bytes arrive (``qingyu.runtime.serverless``).
+What arrives is untrusted: it is read strictly, and refused without being quoted. Not here: what a request may ask
+(``bodies``), what a refusal is to a client (``statuses``), routing, and how bytes arrive (``serve``, ``serverless``).
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from qingyu.runtime.engine import Floats
 
 __all__ = [
-    "EmbeddingRequest",
-    "Limits",
+    "RefusedError",
     "Reply",
-    "RequestError",
+    "check_type",
     "embeddings_openai",
     "embeddings_tei",
+    "kind_of",
+    "no_model",
     "parse_json",
-    "read_openai",
-    "read_tei",
 ]
 
 JSON_TYPE = "application/json"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for. ``reply_bytes`` is what the platform lets a function give back."""
-
-    body_bytes: int = 2_000_000
-    texts: int = 512
-    reply_bytes: int = 6_000_000
-
-
-@dataclass(frozen=True)
-class EmbeddingRequest:
-    """What is to be embedded, and how; ``None`` is the model's own way."""
-
-    texts: tuple[str, ...]
-    prompt: str | None = None
-    dim: int | None = None
-    normalize: bool | None = None
-    long_text: Literal["truncate", "error"] = "truncate"
-    encoding: Literal["float", "base64"] = "float"
 
 
 @dataclass(frozen=True)
@@ -61,8 +37,8 @@ class Reply:
     headers: Mapping[str, str]
 
 
-class RequestError(Exception):
-    """A request that gets no answer but a refusal: a ``code`` for programs, and a message for people.
+class RefusedError(Exception):
+    """A request that gets no answer but a refusal: a ``code`` of ``statuses`` for programs, a message for people.
 
     ``parameter`` names the field at fault.
     """
@@ -82,7 +58,7 @@ class RequestError(Exception):
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object that a body holds; ``RequestError`` for anything but one object in strict JSON and UTF-8.
+    """The object that a body holds; ``RefusedError`` for anything but one object in strict JSON and UTF-8.
 
     >>> parse_json(b'{"input": "a"}')
     {'input': 'a'}
@@ -91,51 +67,29 @@ def parse_json(body: bytes) -> dict[str, Any]:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         # Not the parser's own words where they quote the body.
-        raise RequestError("invalid_json", f"the body is not JSON in UTF-8: {_defect(error)}") from None
+        raise RefusedError("invalid_json", f"the body is not JSON in UTF-8: {_defect(error)}") from None
     if not isinstance(value, dict):
-        raise RequestError("invalid_json", f"the body holds {_kind(value)} instead of a JSON object")
+        raise RefusedError("invalid_json", f"the body holds {kind_of(value)} instead of a JSON object")
     return value
 
 
-def read_openai(document: Mapping[str, Any], limits: Limits) -> EmbeddingRequest:
-    """The request of ``POST /v1/embeddings``; ``RequestError`` names the field that is wrong.
-
-    Fields: ``input``, ``model`` (any: a function has one), ``dimensions``, ``encoding_format``, ``user``; and
-    ``prompt`` and ``truncate``, which are ours.
-    """
-    _only(document, ("input", "model", "dimensions", "encoding_format", "user", "prompt", "truncate"))
-    for name in ("model", "user"):
-        _optional(document, name, str, "a string")
-    encoding = document.get("encoding_format", "float")
-    if encoding not in ("float", "base64"):
-        _refuse("encoding_format", "'float' or 'base64'", encoding)
-    return EmbeddingRequest(
-        texts=_texts(document, "input", limits),
-        prompt=_optional(document, "prompt", str, "a string"),
-        dim=_optional(document, "dimensions", int, "a whole number"),
-        long_text="truncate" if _flag(document, "truncate", default=True) else "error",
-        encoding=encoding,
+def no_model(name: str, known: Iterable[str]) -> RefusedError:
+    """The refusal of a model's name; of a long one only the beginning is said."""
+    shown = name if len(name) <= 60 else name[:57] + "..."
+    return RefusedError(
+        "model_not_found", f"no model {shown!r}: expected one of {', '.join(known)}", parameter="model"
     )
 
 
-def read_tei(document: Mapping[str, Any], limits: Limits) -> EmbeddingRequest:
-    """The request of ``POST /embed`` as text-embeddings-inference defines it; ``RequestError`` names the wrong field.
+def check_type(content_type: str, encoding: str = "") -> None:
+    """Raise ``RefusedError`` but for JSON, declared as such and not compressed.
 
-    Fields: ``inputs``, ``normalize``, ``truncate``, ``truncation_direction`` ("right" only), ``prompt_name``,
-    ``dimensions`` and ``model``. A text over the model's limit is refused unless ``truncate`` is true, as there.
+    Declared: a web page of elsewhere cannot send that without being allowed to.
     """
-    known = ("inputs", "normalize", "truncate", "truncation_direction", "prompt_name", "dimensions", "model")
-    _only(document, known)
-    direction = document.get("truncation_direction", "right")
-    if not isinstance(direction, str) or direction.lower() != "right":
-        _refuse("truncation_direction", "'right'", direction)
-    return EmbeddingRequest(
-        texts=_texts(document, "inputs", limits),
-        prompt=_optional(document, "prompt_name", str, "a string"),
-        dim=_optional(document, "dimensions", int, "a whole number"),
-        normalize=_flag(document, "normalize", default=True),
-        long_text="truncate" if _flag(document, "truncate", default=False) else "error",
-    )
+    if content_type.partition(";")[0].strip().lower() != JSON_TYPE:
+        raise RefusedError("unsupported_media_type", "expected the header Content-Type: application/json")
+    if encoding.strip().lower() not in ("", "identity"):
+        raise RefusedError("unsupported_media_type", "expected a body that is not compressed")
 
 
 def embeddings_openai(
@@ -170,53 +124,7 @@ def _base64(vectors: Floats) -> list[str]:
     return [f'"{base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")}"' for row in vectors]
 
 
-def _texts(document: Mapping[str, Any], name: str, limits: Limits) -> tuple[str, ...]:
-    value = document.get(name)
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list):
-        _refuse(name, "a string or a list of strings", value)
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            _refuse(f"{name}[{place}]", "a string", text)
-    if not texts:
-        raise RequestError("empty_input", f"{name}: expected at least one text, found none", parameter=name)
-    if len(texts) > limits.texts:
-        message = f"{name}: expected at most {limits.texts} texts, found {len(texts)}"
-        raise RequestError("too_many_inputs", message, parameter=name)
-    return tuple(texts)
-
-
-def _optional(document: Mapping[str, Any], name: str, kind: type, expected: str) -> Any:  # noqa: ANN401 - JSON
-    value = document.get(name)
-    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-        _refuse(name, expected, value)
-    return value
-
-
-def _flag(document: Mapping[str, Any], name: str, *, default: bool) -> bool:
-    value = document.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        _refuse(name, "true or false", value)
-    return value
-
-
-def _only(document: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in document:
-        if name not in known:
-            shown = name if len(name) <= 40 else name[:37] + "..."
-            message = f"unknown field {shown!r}: expected fields among {', '.join(known)}"
-            raise RequestError("invalid_request", message, parameter=shown)
-
-
-def _refuse(name: str, expected: str, found: object) -> NoReturn:
-    raise RequestError(
-        "invalid_request", f"{name}: expected {expected}, found {_kind(found)}", parameter=name
-    )
-
-
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     """What a JSON value is, without what it says: it may be of any length, and private."""
     kinds = {str: "a string", bool: "a truth value", list: "a list", dict: "an object", type(None): "nothing"}
     return kinds.get(type(value), "a number")

@@ -16,14 +16,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMappi
 from typing import Any
 
 from qingyu.errors import QingyuError
-from qingyu.runtime import wire
-from qingyu.runtime.serve.bodies import read_body
+from qingyu.runtime.bodies import read_body
+from qingyu.runtime.serve.hosts import Hosts
 from qingyu.runtime.serve.protocol import Gate
 from qingyu.runtime.serve.routes import ROUTES, Call, Route
 from qingyu.runtime.serve.service import Service
-from qingyu.runtime.serve.statuses import RefusedError, Style, refusal_of, reply_of
 from qingyu.runtime.serve.telemetry import Log, Telemetry
-from qingyu.runtime.wire import JSON_TYPE, Reply
+from qingyu.runtime.statuses import Style, refusal_of, reply_of
+from qingyu.runtime.wire import RefusedError, Reply, check_type, parse_json
 
 __all__ = ["App", "Keys"]
 
@@ -72,11 +72,12 @@ class App:
 
     gate: Gate
 
-    def __init__(self, service: Service, telemetry: Telemetry, log: Log, keys: Keys) -> None:
+    def __init__(self, service: Service, telemetry: Telemetry, log: Log, keys: Keys, hosts: Hosts) -> None:
         self.service = service
         self.telemetry = telemetry
         self.log = log
         self._keys = keys
+        self._hosts = hosts
         self._routes = {(route.method, route.path): route for route in ROUTES}
         self._methods: dict[str, list[str]] = {}
         for route in ROUTES:
@@ -143,6 +144,8 @@ class App:
         receive: Receive,
         call: Call,
     ) -> Reply:
+        if not self._hosts.admit(headers.get(b"host")) and not _any_host(route):
+            raise RefusedError("wrong_host", "this server does not answer for that host; see --allowed-hosts")
         if route is None:
             raise RefusedError("not_found", "no such path; /openapi.json lists all")
         if isinstance(route, str):
@@ -156,9 +159,9 @@ class App:
         if route.method == "POST":
             if route.runs:
                 self.service.admit()
-            _check_type(headers)
+            check_type(_text(headers, b"content-type"), _text(headers, b"content-encoding"))
             body = await _body(receive, self.service.configuration.max_body)
-            asked = read_body(route.path, _document(body), self.service.configuration.max_inputs)
+            asked = read_body(route.path, parse_json(body), self.service.configuration.max_inputs)
         body = await route.answer(self.service, asked, call)
         return Reply(200, body, {"content-type": route.media})
 
@@ -235,6 +238,10 @@ def _style(route: Route | str | None) -> Style:
     return route.style if isinstance(route, Route) else "tei"
 
 
+def _any_host(route: Route | str | None) -> bool:
+    return isinstance(route, Route) and route.any_host
+
+
 def _name(route: Route | str | None) -> str:
     return route.path if isinstance(route, Route) else NOT_FOUND
 
@@ -243,13 +250,8 @@ def _milliseconds(begun: float) -> float:
     return round(1e3 * (time.perf_counter() - begun), 2)
 
 
-def _check_type(headers: Mapping[bytes, bytes]) -> None:
-    """Only JSON, declared as such: a web page of elsewhere cannot send that without being allowed to."""
-    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if kind != JSON_TYPE.encode("ascii"):
-        raise RefusedError("unsupported_media_type", "expected the header Content-Type: application/json")
-    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
-        raise RefusedError("unsupported_media_type", "expected a body that is not compressed")
+def _text(headers: Mapping[bytes, bytes], name: bytes) -> str:
+    return headers.get(name, b"").decode("latin-1")
 
 
 async def _body(receive: Receive, most: int) -> bytes:
@@ -267,13 +269,6 @@ async def _body(receive: Receive, most: int) -> bytes:
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _document(body: bytes) -> dict[str, Any]:
-    try:
-        return wire.parse_json(body)
-    except wire.RequestError as error:
-        raise RefusedError("invalid_json", str(error)) from None
 
 
 async def _send(send: Send, scope: Scope, reply: Reply) -> None:

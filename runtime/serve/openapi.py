@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qingyu import __version__
-from qingyu.runtime.serve.bodies import BODIES, schema_of
+from qingyu.runtime.bodies import BODIES, schema_of
 from qingyu.runtime.serve.routes import ROUTES, Route
-from qingyu.runtime.serve.statuses import STATUSES, status_number
+from qingyu.runtime.statuses import STATUSES, status_number
 
 __all__ = ["document", "refusals_of"]
 
@@ -94,6 +94,7 @@ def refusals_of(route: Route, *, keys: bool) -> tuple[str, ...]:
         *route.refusals,
         *(WITH_BODY if route.method == "POST" else ()),
         *(("unauthorized",) if keys and route.key else ()),
+        *(() if route.any_host else ("wrong_host",)),
         *ALWAYS,
     )
 

@@ -14,7 +14,8 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from qingyu.runtime.serve.statuses import RefusedError, reply_of
+from qingyu.runtime.statuses import reply_of
+from qingyu.runtime.wire import RefusedError
 
 __all__ = ["Gate", "LimitedProtocol"]
 

@@ -20,6 +20,7 @@ import orjson
 from qingyu import __version__
 from qingyu.errors import TextTooLongError
 from qingyu.runtime.batching import Prepared
+from qingyu.runtime.bodies import EmbeddingRequest, embedding_of
 from qingyu.runtime.embedder import Embedder
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.fill_mask import FillMask
@@ -27,10 +28,11 @@ from qingyu.runtime.question_answerer import QuestionAnswerer
 from qingyu.runtime.scheduler import Timing
 from qingyu.runtime.sequences import SequenceModel
 from qingyu.runtime.serve.service import Served, Service
-from qingyu.runtime.serve.statuses import RefusedError, Style
 from qingyu.runtime.spec import Task
+from qingyu.runtime.statuses import Style
 from qingyu.runtime.task import Report
 from qingyu.runtime.token_classifier import TokenClassifier
+from qingyu.runtime.wire import RefusedError
 
 __all__ = ["ROUTES", "Call", "Route"]
 
@@ -61,6 +63,7 @@ class Route:
     style: Style = "tei"
     runs: bool = False  # a model: the route is refused when too much waits
     key: bool = True  # is asked for, where there are keys
+    any_host: bool = False  # may be asked by any name and address: it tells nothing, and probes use their own
     media: str = "application/json"
     refusals: tuple[str, ...] = ()
 
@@ -79,17 +82,9 @@ ANY: tuple[Task, ...] = (
 
 async def openai_embeddings(service: Service, asked: Mapping[str, Any], call: Call) -> bytes:
     """Vectors in the form of OpenAI's API."""
-    served, vectors = await _embedded(
-        service,
-        asked["model"],
-        asked["input"],
-        call,
-        prompt=asked["prompt"],
-        dim=asked["dimensions"],
-        normalize=None,
-        truncate=asked["truncate"],
-    )
-    if asked["encoding_format"] == "base64":
+    request = embedding_of("/v1/embeddings", asked)
+    served, vectors = await _embedded(service, request, call)
+    if request.encoding == "base64":
         rows: Sequence[Any] = [
             base64.b64encode(row.astype("<f4").tobytes()).decode("ascii") for row in vectors
         ]
@@ -110,16 +105,7 @@ async def openai_embeddings(service: Service, asked: Mapping[str, Any], call: Ca
 
 async def tei_embed(service: Service, asked: Mapping[str, Any], call: Call) -> bytes:
     """Vectors in the form of text-embeddings-inference."""
-    _, vectors = await _embedded(
-        service,
-        asked["model"],
-        asked["inputs"],
-        call,
-        prompt=asked["prompt_name"],
-        dim=asked["dimensions"],
-        normalize=asked["normalize"],
-        truncate=asked["truncate"],
-    )
+    _, vectors = await _embedded(service, embedding_of("/embed", asked), call)
     return _json(list(vectors))
 
 
@@ -137,7 +123,7 @@ async def tei_embed_all(service: Service, asked: Mapping[str, Any], call: Call) 
                 model.prepare,
                 asked["inputs"],
                 prompt=asked["prompt_name"],
-                long_text=_long(asked["truncate"]),
+                long_text="truncate" if asked["truncate"] else "error",
                 report=call.report,
             ),
         )
@@ -336,31 +322,16 @@ class _using:  # noqa: N801 - used as a statement
         self._service.leave(self._served)
 
 
-async def _embedded(
-    service: Service,
-    name: str | None,
-    texts: Sequence[str],
-    call: Call,
-    *,
-    prompt: str | None,
-    dim: int | None,
-    normalize: bool | None,
-    truncate: bool,
-) -> tuple[Served, Floats]:
-    with _using(service, name, EMBEDDING, call) as served:
+async def _embedded(service: Service, request: EmbeddingRequest, call: Call) -> tuple[Served, Floats]:
+    with _using(service, request.model, EMBEDDING, call) as served:
         model = served.model
         assert isinstance(model, Embedder)
+        space: dict[str, Any] = {"prompt": request.prompt, "dim": request.dim, "normalize": request.normalize}
         prepare = partial(
-            model.prepare,
-            texts,
-            prompt=prompt,
-            dim=dim,
-            normalize=normalize,
-            long_text=_long(truncate),
-            report=call.report,
+            model.prepare, request.texts, long_text=request.long_text, report=call.report, **space
         )
-        ready = await _prepared(service, texts, prepare)
-        call.fingerprint = served.fingerprint(prompt=prompt, dim=dim, normalize=normalize)
+        ready = await _prepared(service, request.texts, prepare)
+        call.fingerprint = served.fingerprint(**space)
         return served, await service.run(served, ready, call.timing)
 
 
@@ -394,10 +365,6 @@ async def _prepared(service: Service, texts: Sequence[str], prepare: Callable[[]
 
 def _characters(texts: Sequence[str]) -> int:
     return sum(map(len, texts))
-
-
-def _long(truncate: bool) -> Any:  # noqa: ANN401 - a literal of Embedder.prepare
-    return "truncate" if truncate else "error"
 
 
 def _ready(service: Service) -> Sequence[Served]:
@@ -553,9 +520,15 @@ ROUTES: tuple[Route, ...] = (
         "GET", "/metrics", "Metrics for Prometheus", metrics, media="text/plain; version=0.0.4; charset=utf-8"
     ),
     Route("GET", "/openapi.json", "This document", openapi, key=False),
-    Route("GET", "/live", "Whether the process answers", live, key=False),
+    Route("GET", "/live", "Whether the process answers", live, key=False, any_host=True),
     Route(
-        "GET", "/ready", "Whether models can be used", ready, key=False, refusals=("not_ready", "draining")
+        "GET",
+        "/ready",
+        "Whether models can be used",
+        ready,
+        key=False,
+        any_host=True,
+        refusals=("not_ready", "draining"),
     ),
     Route(
         "GET",
@@ -563,6 +536,7 @@ ROUTES: tuple[Route, ...] = (
         "The same as /ready, by the name that text-embeddings-inference has for it",
         ready,
         key=False,
+        any_host=True,
         refusals=("not_ready", "draining"),
     ),
 )

@@ -25,6 +25,7 @@ import uvicorn
 
 from qingyu.errors import ListenError, QingyuError
 from qingyu.runtime.serve.app import App, Keys
+from qingyu.runtime.serve.hosts import Hosts
 from qingyu.runtime.serve.protocol import Gate, LimitedProtocol
 from qingyu.runtime.serve.service import Configuration, Served, Service
 from qingyu.runtime.serve.telemetry import Log, LogHandler, Telemetry
@@ -44,6 +45,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     unix_socket: str | None = None
+    allowed_hosts: Sequence[str] | None = None
     keys: Sequence[str] = field(default=(), repr=False)
     grace: float = 30.0
     keep_alive: float = 75.0  # longer than the 60 s of usual load balancers, which must be the ones to close
@@ -84,7 +86,7 @@ class _Process:
         self._telemetry = Telemetry()
         self._service = Service(configuration, self._telemetry)
         self._service.on_freed = lambda name: log("freed", model=name)
-        app = App(self._service, self._telemetry, log, Keys(settings.keys))
+        app = App(self._service, self._telemetry, log, Keys(settings.keys), _hosts(settings, listener))
         app.gate = Gate(
             max_body=configuration.max_body,
             header_seconds=settings.header_timeout,
@@ -244,6 +246,13 @@ def _new_loop() -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     return loop
+
+
+def _hosts(settings: ServerSettings, listener: socket.socket) -> Hosts:
+    """The names that requests may come by; no browser reaches a unix socket."""
+    if settings.unix_socket:
+        return Hosts(None)
+    return Hosts.of(listener.getsockname()[0], settings.allowed_hosts)
 
 
 def address_of(listener: socket.socket) -> str:

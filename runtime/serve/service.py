@@ -21,11 +21,11 @@ from qingyu.runtime.fingerprint import fingerprint
 from qingyu.runtime.question_answerer import QuestionAnswerer
 from qingyu.runtime.scheduler import Lane, Scheduler, Timing
 from qingyu.runtime.sequences import SequenceModel
-from qingyu.runtime.serve.statuses import RefusedError
 from qingyu.runtime.serve.telemetry import Telemetry
 from qingyu.runtime.spec import Task
 from qingyu.runtime.task import OpenOptions, TaskModel, find_model, open_model
 from qingyu.runtime.token_classifier import TokenClassifier
+from qingyu.runtime.wire import RefusedError, no_model
 
 __all__ = ["Configuration", "Reloaded", "Served", "Service"]
 
@@ -181,11 +181,7 @@ class Service:
                 raise RefusedError("model_not_found", f"no model for {' or '.join(tasks)} is served")
             return found
         if name not in self._served:
-            names = ", ".join(self._served)
-            shown = name if len(name) <= 60 else name[:57] + "..."
-            raise RefusedError(
-                "model_not_found", f"no model {shown!r}: expected one of {names}", parameter="model"
-            )
+            raise no_model(name, self._served)
         found = self._served[name]
         if found.task not in tasks:
             raise RefusedError(

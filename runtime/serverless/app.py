@@ -15,19 +15,29 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qingyu.errors import InputError, InvalidOptionError, QingyuError
 from qingyu.runtime import wire
+from qingyu.runtime.bodies import EmbeddingRequest, embedding_of, read_body
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.fingerprint import fingerprint
-from qingyu.runtime.serverless.refusals import Style, refusal, refusal_of
-from qingyu.runtime.wire import Limits, Reply, RequestError
+from qingyu.runtime.statuses import Style, refusal_of, reply_of
+from qingyu.runtime.wire import RefusedError, Reply, check_type, no_model, parse_json
 
 if TYPE_CHECKING:
     from qingyu.runtime.embedder import Embedder
 
-__all__ = ["App", "Request", "Settings"]
+__all__ = ["App", "Limits", "Request", "Settings"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for. ``reply_bytes`` is what the platform lets a function give back."""
+
+    body_bytes: int = 2_000_000
+    texts: int = 512
+    reply_bytes: int = 6_000_000
 
 
 @dataclass(frozen=True)
@@ -111,25 +121,25 @@ class App:
         style: Style = "openai" if route is not None and route.startswith("/v1/") else "tei"
         try:
             return self._answer(request, route)
-        except RequestError as wrong:
-            return refusal(wrong, style)
+        except RefusedError as wrong:
+            return reply_of(wrong, style)
         except QingyuError as error:
             if not isinstance(error, InputError):
                 print(f"qingyu: {error}", file=sys.stderr)  # noqa: T201 - the platforms' log
-            return refusal_of(error, style)
+            return reply_of(refusal_of(error), style)
 
     def _answer(self, request: Request, route: str | None) -> Reply:
         if route is None:
-            raise RequestError("not_found", f"no such path: expected one of {', '.join(ROUTES)}")
+            raise RefusedError("not_found", f"no such path: expected one of {', '.join(ROUTES)}")
         method, needs_key, answer = ROUTES[route]
         if request.method.upper() != method and (request.method.upper(), method) != ("HEAD", "GET"):
-            raise RequestError("method_not_allowed", f"{route} takes {method}", headers={"allow": method})
+            raise RefusedError("method_not_allowed", f"{route} takes {method}", headers={"allow": method})
         if needs_key:
             self._check_key(request.headers.get("authorization", ""))
         reply = answer(self, request)
         if len(reply.body) > self._settings.limits.reply_bytes:
             most = self._settings.limits.reply_bytes
-            raise RequestError(
+            raise RefusedError(
                 "too_many_inputs",
                 f"the answer would take {len(reply.body)} bytes of {most}: send fewer texts",
             )
@@ -139,7 +149,7 @@ class App:
         key = self._settings.api_key
         # In constant time, and of bytes: strings that are not ASCII would be refused by an exception.
         if key is not None and not hmac.compare_digest(_octets(sent), _octets(f"Bearer {key}")):
-            raise RequestError(
+            raise RefusedError(
                 "unauthorized",
                 "expected the API key as a bearer token",
                 headers={"www-authenticate": "Bearer"},
@@ -158,44 +168,34 @@ class App:
             return self._embedder
 
     def _openai(self, request: Request) -> Reply:
-        asked = wire.read_openai(self._document(request), self._settings.limits)
-        vectors, tokens = self._embed(asked)
-        model = self._model()
-        name = fingerprint(model.spec, prompt=asked.prompt, dim=asked.dim, normalize=asked.normalize)
+        asked, vectors, tokens, space = self._embedded("/v1/embeddings", request)
+        name = self._model().spec.name
         body = wire.embeddings_openai(
-            vectors, model=model.spec.name, fingerprint=name, tokens=tokens, encoding=asked.encoding
+            vectors, model=name, fingerprint=space, tokens=tokens, encoding=asked.encoding
         )
-        return _json(body, name)
+        return _json(body, space)
 
     def _tei(self, request: Request) -> Reply:
-        asked = wire.read_tei(self._document(request), self._settings.limits)
-        vectors, _ = self._embed(asked)
-        spec = self._model().spec
-        name = fingerprint(spec, prompt=asked.prompt, dim=asked.dim, normalize=asked.normalize)
-        return _json(wire.embeddings_tei(vectors), name)
+        _, vectors, _, space = self._embedded("/embed", request)
+        return _json(wire.embeddings_tei(vectors), space)
 
-    def _document(self, request: Request) -> dict[str, object]:
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise RequestError("unsupported_media_type", "expected a body that is not compressed")
-        if len(request.body) > self._settings.limits.body_bytes:
-            raise RequestError(
-                "body_too_large", f"expected a body of at most {self._settings.limits.body_bytes} bytes"
-            )
-        return wire.parse_json(request.body)
-
-    def _embed(self, asked: wire.EmbeddingRequest) -> tuple[Floats, int]:
+    def _embedded(self, path: str, request: Request) -> tuple[EmbeddingRequest, Floats, int, str]:
+        """What was asked, its vectors, how many tokens they took, and the fingerprint of their space."""
         from qingyu.runtime.task import Report
 
-        report = Report()
-        vectors = self._model().embed(
-            asked.texts,
-            prompt=asked.prompt,
-            dim=asked.dim,
-            normalize=asked.normalize,
-            long_text=asked.long_text,
-            report=report,
+        limits = self._settings.limits
+        check_type(
+            request.headers.get("content-type", ""), request.headers.get("content-encoding", "identity")
         )
-        return vectors, report.tokens
+        if len(request.body) > limits.body_bytes:
+            raise RefusedError("body_too_large", f"expected a body of at most {limits.body_bytes} bytes")
+        asked = embedding_of(path, read_body(path, parse_json(request.body), limits.texts))
+        model, report = self._model(), Report()
+        if asked.model not in (None, model.spec.name):
+            raise no_model(asked.model, [model.spec.name])
+        space: dict[str, Any] = {"prompt": asked.prompt, "dim": asked.dim, "normalize": asked.normalize}
+        vectors = model.embed(asked.texts, long_text=asked.long_text, report=report, **space)
+        return asked, vectors, report.tokens, fingerprint(model.spec, **space)
 
     def _models(self, request: Request) -> Reply:
         name = self._model().spec.name

@@ -387,7 +387,7 @@ sys.path.insert(0, os.path.join(root, "lib") if not entry else root)
 if entry:
     handler = getattr(__import__(entry), name)
     event = {
-        "httpMethod": "POST", "path": "/embed", "headers": {}, "requestContext": {},
+        "httpMethod": "POST", "path": "/embed", "headers": {"content-type": "application/json"}, "requestContext": {},
         "body": json.dumps({"inputs": texts}),
     }
     answer = handler(event, None)

@@ -14,8 +14,8 @@ from http import HTTPStatus
 from typing import Any
 
 from qingyu.runtime.serverless.app import App, Request
-from qingyu.runtime.serverless.refusals import refusal
-from qingyu.runtime.wire import Reply, RequestError
+from qingyu.runtime.statuses import reply_of
+from qingyu.runtime.wire import RefusedError, Reply
 
 __all__ = ["answer_event", "answer_wsgi", "read_event"]
 
@@ -29,25 +29,25 @@ def answer_event(app: App, event: object) -> dict[str, Any]:
     """
     try:
         request = read_event(event)
-    except RequestError as refused:
-        return _response(refusal(refused, "tei"), event)
+    except RefusedError as refused:
+        return _response(reply_of(refused, "tei"), event)
     return _response(app.reply(request), event)
 
 
 def read_event(event: object) -> Request:
-    """The HTTP request in an event; ``RequestError`` of 400 for what is none.
+    """The HTTP request in an event; ``RefusedError`` of 400 for what is none.
 
     Formats with ``requestContext.http`` (Lambda 2.0, FC 3.0) differ from the others (Lambda 1.0, ALB, SCF) in where
     method and path are. A header that came several times is joined by commas, as HTTP allows.
     """
     if not isinstance(event, Mapping):
-        raise RequestError("bad_request", "expected an event of an HTTP request")
+        raise RefusedError("bad_request", "expected an event of an HTTP request")
     context = _mapping(event.get("requestContext"))
     http = _mapping(context.get("http"))
     method = http.get("method") or event.get("httpMethod")
     path = event.get("rawPath") or http.get("path") or event.get("path")
     if not isinstance(method, str) or not isinstance(path, str):
-        raise RequestError("bad_request", "expected an event of an HTTP request")
+        raise RefusedError("bad_request", "expected an event of an HTTP request")
     headers = {**_headers(event.get("headers")), **_headers(event.get("multiValueHeaders"))}
     return Request(method, path, headers, _body(event))
 
@@ -70,14 +70,14 @@ def _body(event: Mapping[str, Any]) -> bytes:
     if body is None:
         return b""
     if not isinstance(body, str):
-        raise RequestError("bad_request", "expected the body of the request as a string")
+        raise RefusedError("bad_request", "expected the body of the request as a string")
     # SCF has been seen to send the word instead of the truth value.
     if event.get("isBase64Encoded") not in (True, "true"):
         return body.encode("utf-8", "surrogatepass")  # not UTF-8 then, which the reader of JSON says
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError("bad_request", "the body is not base64, as the event says it is") from None
+        raise RefusedError("bad_request", "the body is not base64, as the event says it is") from None
 
 
 def _response(reply: Reply, event: object) -> dict[str, Any]:
@@ -107,11 +107,12 @@ def answer_wsgi(app: App, environ: Mapping[str, Any], start_response: StartRespo
         for name, value in environ.items()
         if name.startswith("HTTP_")
     }
+    headers["content-type"] = str(environ.get("CONTENT_TYPE") or "")
     method, path = str(environ.get("REQUEST_METHOD", "")), str(environ.get("PATH_INFO", ""))
     try:
         reply = app.reply(Request(method, path, headers, _wsgi_body(app, environ)))
-    except RequestError as refused:
-        reply = refusal(refused, "tei")
+    except RefusedError as refused:
+        reply = reply_of(refused, "tei")
     length = {"content-length": str(len(reply.body))}
     start_response(_status_line(reply.status), [*reply.headers.items(), *length.items()])
     return [b"" if method.upper() == "HEAD" else reply.body]
@@ -120,7 +121,7 @@ def answer_wsgi(app: App, environ: Mapping[str, Any], start_response: StartRespo
 def _wsgi_body(app: App, environ: Mapping[str, Any]) -> bytes:
     text = str(environ.get("CONTENT_LENGTH") or "0")
     if not (text.isascii() and text.isdigit()):
-        raise RequestError("bad_request", "expected a content-length that is a number")
+        raise RefusedError("bad_request", "expected a content-length that is a number")
     length = min(int(text[:20]), app.body_limit + 1)
     stream = environ.get("wsgi.input")
     return b"" if stream is None or not length else bytes(stream.read(length))

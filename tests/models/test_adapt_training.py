@@ -34,6 +34,7 @@ from qingyu.models.adapt import (
     contrast,
     distil,
     tag,
+    training,
 )
 from qingyu.models.adapt.contrast import retrieval_evaluator, split
 from qingyu.models.adapt.distil import centred
@@ -396,3 +397,20 @@ def test_texts_that_are_cut_to_train_on_are_counted_in_a_warning(tiny_checkpoint
         found = work(tokenizer, [(text, label) for text in texts], labels, 16)
     assert [len(ids) for ids in found["input_ids"]] == [16, 4, 16]
     work(tokenizer, [("今天", label)], labels, 16)
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [(0.5, True), (0.9, False), (2.0, False)])
+def test_bfloat16_is_used_where_it_is_faster_and_not_where_the_flags_name_it(monkeypatch, seconds, faster):
+    def measured(function, rows, weights):
+        assert rows.dtype == weights.dtype
+        assert function(rows, weights).shape == (2048, 1536)
+        return seconds if str(rows.dtype) == "torch.bfloat16" else 1.0
+
+    monkeypatch.setattr(training, "_least_seconds", measured)
+    assert training.bf16_is_faster() is faster
+
+
+def test_the_least_of_several_times_is_taken():
+    calls = []
+    assert training._least_seconds(calls.append, 1) < 1
+    assert len(calls) == training.BF16_TRIALS

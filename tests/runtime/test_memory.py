@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import shutil
@@ -20,10 +21,13 @@ from qingyu.runtime.memory import (
     LOADING_BYTES,
     MEGABYTE,
     WINDOW_BYTES,
+    WINDOWS,
     Plan,
     activation_bytes,
     plan,
     resident_bytes,
+    unread_bytes,
+    window_bytes,
 )
 from qingyu.runtime.spec import Architecture, read_spec
 
@@ -75,15 +79,46 @@ def test_a_token_takes_no_less_in_a_longer_text():
 
 
 def test_a_budget_too_small_is_refused_with_the_figure_that_is_missing():
-    needed = activation_bytes(SMALL, 1, 512) + WINDOW_BYTES
+    needed = activation_bytes(SMALL, 1, 512) + window_bytes(WINDOWS[-1])
     with pytest.raises(MemoryBudgetError) as caught:
         planned(needed - 5 * MEGABYTE)
-    text = "the memory budget is too small: expected 66 MB beside the loaded model, for texts of 512 tokens, "
-    assert str(caught.value) == f"{text}found 61 MB. Raise max_memory_mb by 6 or use a smaller model."
-    assert planned(needed) == Plan(1, 512)
-    with pytest.raises(MemoryBudgetError, match=r"found none\. Raise max_memory_mb by 77 "):
+    text = "the memory budget is too small: expected 39 MB beside the loaded model, for texts of 512 tokens, "
+    assert str(caught.value) == f"{text}found 33 MB. Raise max_memory_mb by 6 or use a smaller model."
+    assert planned(needed) == Plan(1, 512, WINDOWS[-1])
+    with pytest.raises(MemoryBudgetError, match=r"found none\. Raise max_memory_mb by 50 "):
         planned(-10 * MEGABYTE)
     assert LOADING_BYTES == MEGABYTE  # in both figures
+
+
+def test_where_usual_windows_do_not_fit_one_text_at_a_time_is_run_in_the_largest_that_do():
+    longest = activation_bytes(SMALL, 1, 512)
+    for texts in WINDOWS[1:]:
+        assert planned(longest + window_bytes(texts)) == Plan(1, 512, texts)
+        assert planned(longest + window_bytes(texts), budget=256) == Plan(1, 256, texts)
+    assert planned(longest + WINDOW_BYTES - 1).window < planned(longest + WINDOW_BYTES).window
+    assert window_bytes(WINDOWS[0]) == WINDOW_BYTES
+
+
+def test_scores_of_a_few_heads_at_a_time_take_their_share():
+    for sizes in SHAPES:
+        wide = 10 * sizes.hidden_size
+        assert activation_bytes(sizes, 2, 512, heads=2) == 4 * 2 * 512 * max(
+            wide + 3 * 2 * 512, 9 * sizes.hidden_size + 5 * sizes.intermediate_size // 2
+        )
+        assert activation_bytes(sizes, 2, 512, heads=99) == activation_bytes(sizes, 2, 512)
+
+
+def test_what_a_mapped_file_may_still_take_is_what_was_not_read(tmp_path):
+    path = tmp_path / "a file"
+    path.write_bytes(bytes(8 * MEGABYTE))
+    assert unread_bytes(path) == 8 * MEGABYTE
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("needs /proc/self/smaps")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        mapped.madvise(mmap.MADV_RANDOM)
+        read = sum(mapped[n] for n in range(0, 3 * MEGABYTE, 4096))
+        assert read == 0
+        assert 4 * MEGABYTE <= unread_bytes(path) <= 5 * MEGABYTE
 
 
 def test_resident_memory_is_that_of_this_process():

@@ -11,17 +11,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qingyu.runtime import wire
-from qingyu.runtime.wire import Limits, RequestError
+from qingyu.runtime.bodies import EmbeddingRequest, embedding_of, read_body
+from qingyu.runtime.wire import RefusedError
 
-LIMITS = Limits(texts=3)
 MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def read_openai(document):
+    return embedding_of("/v1/embeddings", read_body("/v1/embeddings", document, 3))
+
+
+def read_tei(document):
+    return embedding_of("/embed", read_body("/embed", document, 3))
 
 
 def outcome_of(call):
     """What a call gives, or the code that it refuses with."""
     try:
         return call()
-    except RequestError as refused:
+    except RefusedError as refused:
         return refused.code
 
 
@@ -47,7 +55,7 @@ def outcome_of(call):
     ids=lambda value: None if isinstance(value, str) else repr(value[:16]),
 )
 def test_what_is_not_one_strict_json_object_is_400(body, said):
-    with pytest.raises(RequestError, match=said) as caught:
+    with pytest.raises(RefusedError, match=said) as caught:
         wire.parse_json(body)
     assert caught.value.code == "invalid_json"
 
@@ -61,22 +69,22 @@ def test_any_bytes_are_an_object_or_400(body):
 
 def test_openai_requests_are_read():
     document = {"input": "a", "model": "any", "dimensions": 8, "encoding_format": "base64", "user": "u"}
-    asked = wire.read_openai(document, LIMITS)
-    assert asked == wire.EmbeddingRequest(("a",), dim=8, encoding="base64")
-    assert wire.read_openai({"input": ["a", "b"], "truncate": False}, LIMITS).long_text == "error"
+    asked = read_openai(document)
+    assert asked == EmbeddingRequest(("a",), model="any", dim=8, encoding="base64")
+    assert read_openai({"input": ["a", "b"], "truncate": False}).long_text == "error"
 
 
 def test_tei_requests_are_read_with_its_defaults():
-    asked = wire.read_tei({"inputs": ["a", ""]}, LIMITS)
-    assert asked == wire.EmbeddingRequest(("a", ""), normalize=True, long_text="error")
+    asked = read_tei({"inputs": ["a", ""]})
+    assert asked == EmbeddingRequest(("a", ""), normalize=True, long_text="error")
     other = {"inputs": "a", "truncate": True, "normalize": False, "truncation_direction": "Right"}
-    assert wire.read_tei({**other, "prompt_name": "query"}, LIMITS) == wire.EmbeddingRequest(
+    assert read_tei({**other, "prompt_name": "query"}) == EmbeddingRequest(
         ("a",), prompt="query", normalize=False
     )
 
 
 WRONG = [
-    ({}, "invalid_request", "input: expected a string or a list of strings, found nothing"),
+    ({}, "invalid_request", "input: expected a value, found nothing"),
     ({"input": []}, "empty_input", "input: expected at least one text, found none"),
     ({"input": ["a", 1]}, "invalid_request", "input[1]: expected a string, found a number"),
     ({"input": [101, 102]}, "invalid_request", "input[0]: expected a string, found a number"),
@@ -84,12 +92,12 @@ WRONG = [
     (
         {"input": "a", "dimensions": 1.5},
         "invalid_request",
-        "dimensions: expected a whole number, found a number",
+        "dimensions: expected a whole number from 1 to 65536, found a number",
     ),
     (
         {"input": "a", "dimensions": True},
         "invalid_request",
-        "dimensions: expected a whole number, found a truth value",
+        "dimensions: expected a whole number from 1 to 65536, found a truth value",
     ),
     (
         {"input": "a", "encoding_format": "hex"},
@@ -105,15 +113,15 @@ WRONG = [
     (
         {"input": "a", "inptu": 1},
         "invalid_request",
-        "unknown field 'inptu': expected fields among input, model, dimensions",
+        "unknown field 'inptu': expected fields among input, model, encoding_format",
     ),
 ]
 
 
 @pytest.mark.parametrize(("document", "code", "message"), WRONG, ids=[row[2] for row in WRONG])
 def test_a_wrong_field_is_named_and_its_value_is_not(document, code, message):
-    with pytest.raises(RequestError) as caught:
-        wire.read_openai(document, LIMITS)
+    with pytest.raises(RefusedError) as caught:
+        read_openai(document)
     assert caught.value.code == code
     assert str(caught.value).startswith(message)
 
@@ -139,8 +147,8 @@ FIELDS = (
 @MANY
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
 def test_any_object_is_a_request_or_a_refusal(document):
-    for read in (wire.read_openai, wire.read_tei):
-        found = outcome_of(lambda read=read: read(document, LIMITS))
+    for read in (read_openai, read_tei):
+        found = outcome_of(lambda read=read: read(document))
         if found not in ("empty_input", "too_many_inputs", "invalid_request"):
             assert all(isinstance(text, str) for text in found.texts)
             assert 1 <= len(found.texts) <= 3

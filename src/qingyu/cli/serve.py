@@ -36,6 +36,14 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     where.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
     where.add_argument("--port", type=int, default=8000, help="0 for any free one (default: %(default)s)")
     where.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="names that requests may come by (their Host header), *.example.com for all below one, * for any "
+        "(default: localhost on a loopback address, which is always allowed there; any on others)",
+    )
+    where.add_argument(
         "--unix-socket", metavar="PATH", help="listen there instead, for this user's processes only"
     )
     where.add_argument(
@@ -111,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         unix_socket=options.unix_socket,
+        allowed_hosts=options.allowed_hosts,
         keys=keys,
         grace=options.grace,
         keep_alive=options.keep_alive,

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from qingyu.runtime.serve.statuses import STATUSES
+from qingyu.runtime.statuses import STATUSES
 
 GOOD = {"inputs": "今天天气真好"}
 
@@ -18,7 +18,7 @@ GOOD = {"inputs": "今天天气真好"}
 def head(length: int, *more: str) -> bytes:
     lines = [
         "POST /embed HTTP/1.1",
-        "Host: x",
+        "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {length}",
         *more,
@@ -27,7 +27,8 @@ def head(length: int, *more: str) -> bytes:
 
 
 CHUNKED = (
-    b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
 )
 
 
@@ -166,25 +167,25 @@ MALFORMED = {
     "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "no version": b"GET /live\r\n\r\n",
     "no host": b"GET /live HTTP/1.1\r\n\r\n",
-    "two hosts": b"GET /live HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
-    "a version to come": b"GET /live HTTP/2.0\r\nHost: x\r\n\r\n",
-    "two lengths": b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 5\r\n\r\nabc",
-    "a length and chunks": b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n"
+    "two hosts": b"GET /live HTTP/1.1\r\nHost: localhost\r\nHost: y\r\n\r\n",
+    "a version to come": b"GET /live HTTP/2.0\r\nHost: localhost\r\n\r\n",
+    "two lengths": b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nContent-Length: 5\r\n\r\nabc",
+    "a length and chunks": b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "chunks and a length": b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    "chunks and a length": b"POST /embed HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
     b"Content-Length: 3\r\n\r\n0\r\n\r\n",
-    "a negative length": b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: -3\r\n\r\nabc",
-    "a length with a plus": b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: +3\r\n\r\nabc",
-    "a length of no number": b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 3a\r\n\r\nabc",
-    "a length of many digits": b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: "
+    "a negative length": b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: -3\r\n\r\nabc",
+    "a length with a plus": b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: +3\r\n\r\nabc",
+    "a length of no number": b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3a\r\n\r\nabc",
+    "a length of many digits": b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
     + b"9" * 30
     + b"\r\n\r\n",
-    "a bad chunk": b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",
-    "a folded header": b"GET /live HTTP/1.1\r\nHost: x\r\nX-A: b\r\n c\r\n\r\n",
+    "a bad chunk": b"POST /embed HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",
+    "a folded header": b"GET /live HTTP/1.1\r\nHost: localhost\r\nX-A: b\r\n c\r\n\r\n",
     "a space before a colon": b"GET /live HTTP/1.1\r\nHost : x\r\n\r\n",
-    "a NUL in a header": b"GET /live HTTP/1.1\r\nHost: x\r\nX-A: b\x00c\r\n\r\n",
-    "a bare return": b"GET /live HTTP/1.1\r\nHost: x\rX-A: b\r\n\r\n",
-    "a path that is none": b"GET http:// HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a NUL in a header": b"GET /live HTTP/1.1\r\nHost: localhost\r\nX-A: b\x00c\r\n\r\n",
+    "a bare return": b"GET /live HTTP/1.1\r\nHost: localhost\rX-A: b\r\n\r\n",
+    "a path that is none": b"GET http:// HTTP/1.1\r\nHost: localhost\r\n\r\n",
 }
 
 
@@ -198,18 +199,20 @@ def test_what_is_not_http_is_400_and_closed(server, name):
 
 
 def test_headers_of_64_kilobytes_are_431_and_closed(server):
-    many = b"GET /live HTTP/1.1\r\nHost: x\r\n" + b"".join(
+    many = b"GET /live HTTP/1.1\r\nHost: localhost\r\n" + b"".join(
         b"X-%d: %s\r\n" % (n, b"a" * 1000) for n in range(64)
     )
     assert status(server.raw(many + b"\r\n")) == 431
     assert (
-        status(server.raw(b"GET /live HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 65536)) == 431
+        status(server.raw(b"GET /live HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 65536)) == 431
     )  # without an end
     assert status(server.raw(b"GET /live?" + b"a" * 65536)) == 431
     assert (
         status(
             server.raw(
-                b"GET /live HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 8000 + b"\r\nConnection: close\r\n\r\n"
+                b"GET /live HTTP/1.1\r\nHost: localhost\r\nX-A: "
+                + b"a" * 8000
+                + b"\r\nConnection: close\r\n\r\n"
             )
         )
         == 200
@@ -218,7 +221,7 @@ def test_headers_of_64_kilobytes_are_431_and_closed(server):
 
 def test_requests_behind_each_other_are_answered_in_order(server):
     one = head(len(json.dumps(GOOD).encode())) + json.dumps(GOOD).encode()
-    last = b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    last = b"GET /live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answer = server.raw(one + one + last)
     parts = answer.split(b"HTTP/1.1 200")
     assert len(parts) == 4
@@ -227,7 +230,7 @@ def test_requests_behind_each_other_are_answered_in_order(server):
 
 @pytest.mark.parametrize(
     "sent",
-    [b"POST /embed HTTP/1.1\r\nHost: x\r\n", head(50) + b'{"inputs"'],
+    [b"POST /embed HTTP/1.1\r\nHost: localhost\r\n", head(50) + b'{"inputs"'],
     ids=["headers", "body"],
 )
 def test_what_does_not_arrive_in_time_is_408_and_closed(server, sent):
@@ -301,5 +304,5 @@ def test_an_answer_before_the_body_leaves_the_connection_good(server):
         connection.sendall(head(8, "X-A: b").replace(b"application/json", b"text/plain"))
         first = connection.recv(65536)
         assert status(first) == 415
-        connection.sendall(b"abcdefgh" + b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"abcdefgh" + b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert status(connection.recv(65536)) == 200

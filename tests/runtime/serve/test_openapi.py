@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qingyu.__main__ import build_parser
-from qingyu.runtime.serve.bodies import BODIES, read_body, schema_of
+from qingyu.runtime.bodies import BODIES, read_body, schema_of
 from qingyu.runtime.serve.openapi import ANSWERS, document, refusals_of
 from qingyu.runtime.serve.routes import ROUTES
-from qingyu.runtime.serve.statuses import STATUSES, RefusedError, status_number
+from qingyu.runtime.statuses import STATUSES, status_number
+from qingyu.runtime.wire import RefusedError
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
 MOST = 4

@@ -18,6 +18,7 @@ import pytest
 
 from qingyu import Embedder
 from qingyu.__main__ import main
+from qingyu.runtime.serve.hosts import Hosts
 from qingyu.runtime.spec import read_spec
 
 GOOD = {"inputs": "今天天气真好"}
@@ -66,7 +67,7 @@ def test_idle_connections_do_not_hold_the_end_up(start, tiny_model):
     with start("--model", f"tiny={tiny_model}") as server:
         idle = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(100)]
         for connection in idle[:50]:
-            connection.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         begun = time.monotonic()
         assert server.end() == 0
@@ -132,7 +133,7 @@ def test_a_client_that_leaves_is_not_computed_for(start, tiny_model, tmp_path):
     with start(*arguments, gate=gate) as server:
         body = json.dumps(GOOD).encode()
         request = (
-            b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             % len(body)
         )
         clients = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(41)]
@@ -213,6 +214,53 @@ def test_keys_are_asked_for_but_for_health_page_and_openapi(start, tiny_model, t
         assert server.get("/openapi.json").json["paths"]["/embed"]["post"]["security"] == [{"key": []}]
         assert "key" not in json.dumps([line for line in server.log if line["event"] == "listening"])
         assert not any("first-key" in str(line) for line in server.log)
+
+
+LOCAL = ("localhost", "LocalHost.:99", "a.localhost:80", "127.0.0.1:1", "127.8.8.8", "[::1]:5")
+STRANGE = (
+    "evil.example",
+    "127.0.0.1.evil.example",
+    "localhost.evil.example:80",
+    "10.0.0.1",
+    "",
+    "[::1",
+    "a b",
+)
+
+
+def test_on_loopback_a_request_by_another_name_is_refused_but_for_health(start, tiny_model):
+    """A page whose name was made to resolve to this machine (DNS rebinding) reads nothing."""
+    with start("--model", str(tiny_model)) as server:
+        for host in LOCAL:
+            assert server.get("/v1/models", Host=host).status == 200, host
+        for host in STRANGE:
+            for path in ("/", "/v1/models", "/nowhere"):
+                assert server.get(path, Host=host).status == 421, (path, host)
+            assert server.post("/embed", {"inputs": "a"}, Host=host).json["error_type"] == "wrong_host"
+            assert server.get("/health", Host=host).status == 200
+        assert server.raw(b"GET /v1/models HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_names_that_are_allowed_are_answered_and_a_unix_socket_asks_for_none(start, tiny_model, tmp_path):
+    with start("--model", str(tiny_model), "--allowed-hosts", "a.example", "*.b.example") as server:
+        for host in ("a.example:8000", "x.b.example", "localhost"):
+            assert server.get("/v1/models", Host=host).status == 200, host
+        for host in ("b.example", "x.a.example", "xb.example"):
+            assert server.get("/v1/models", Host=host).status == 421, host
+    with start("--model", str(tiny_model), "--unix-socket", str(tmp_path / "s")) as server:
+        assert server.get("/v1/models", Host="evil.example").status == 200
+
+
+@pytest.mark.parametrize("bound", ["0.0.0.0", "::", "192.0.2.1"])
+def test_elsewhere_any_host_is_answered_unless_some_are_named(bound):
+    assert all(Hosts.of(bound, None).admit(host.encode()) for host in (*LOCAL, *STRANGE))
+    named = Hosts.of(bound, ["a.example"])
+    assert [named.admit(host) for host in (b"a.example:80", b"localhost", b"192.0.2.1")] == [
+        True,
+        False,
+        False,
+    ]
+    assert Hosts.of(bound, ["*"]).admit(b"evil.example")
 
 
 def test_a_unix_socket_is_for_this_user_and_one_that_was_left_is_replaced(start, tiny_model, tmp_path):
@@ -350,7 +398,7 @@ def test_numbers_that_are_none_are_500_and_never_json(start, tiny_model, tmp_pat
 def test_more_connections_than_allowed_are_told(start, tiny_model):
     with start("--model", f"tiny={tiny_model}", "--max-connections", "3") as server:
         held = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(3)]
-        refused = server.raw(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        refused = server.raw(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert refused.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1" in refused
         for connection in held:

@@ -1,4 +1,4 @@
-"""Every answer that is not 200: one table, from which code, OpenAPI document and documentation all take it."""
+"""Every answer that is not 200: one table, from which server, functions, OpenAPI document and documentation take it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qingyu.errors import (
     QingyuError,
     TextTooLongError,
 )
-from qingyu.runtime.wire import JSON_TYPE, Reply
+from qingyu.runtime.wire import JSON_TYPE, RefusedError, Reply
 
-__all__ = ["STATUSES", "RefusedError", "Status", "Style", "refusal_of", "reply_of", "status_number"]
+__all__ = ["STATUSES", "Status", "Style", "refusal_of", "reply_of", "status_number"]
 
 Style = Literal["openai", "tei"]
 
@@ -45,12 +45,13 @@ STATUSES: Mapping[str, Status] = {
     "too_many_inputs": Status(413, "more texts than --max-inputs allows"),
     "text_too_long": Status(413, "a text is longer than the model reads, and truncation was not allowed"),
     "unsupported_media_type": Status(415, "the body is not application/json, or is compressed"),
+    "wrong_host": Status(421, "the Host header names none that this server answers for; see --allowed-hosts"),
     "invalid_request": Status(422, "a field is unknown, missing, or not what it should be"),
     "invalid_text": Status(422, "a text is not Unicode (a lone surrogate), or lacks a mask to fill"),
     "headers_too_large": Status(431, "more bytes of headers than are read; the connection is closed"),
     "overloaded": Status(429, "more work waits than can be done in time", retry=True),
     "internal": Status(500, "a fault of the server; the log says which"),
-    "model_failed": Status(500, "the model gave no usable numbers; the log says why"),
+    "model_failed": Status(500, "the model cannot be used, or gave no usable numbers; the log says why"),
     "not_ready": Status(503, "models are being loaded and checked", retry=True),
     "draining": Status(503, "the server is about to end", retry=True),
     "out_of_memory": Status(503, "memory ran out; a smaller request may succeed", retry=True),
@@ -67,23 +68,6 @@ OF_ERRORS: tuple[tuple[type[QingyuError], str], ...] = (
     (ClosedError, "draining"),
     (QingyuError, "model_failed"),
 )
-
-
-class RefusedError(Exception):
-    """A request that gets no answer but a status and a message; ``parameter`` names the field at fault."""
-
-    def __init__(
-        self,
-        code: str,
-        message: str,
-        *,
-        parameter: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.parameter = parameter
-        self.headers = headers or {}
 
 
 def refusal_of(error: QingyuError) -> RefusedError:

@@ -1,18 +1,19 @@
 """What may be asked: the fields of every request body, which read themselves and describe themselves.
 
-One table serves both reading and the OpenAPI document, so that neither can say what the other does not. ``null`` is the
-same as leaving a field out. Nothing that is refused is quoted: it may be of any length, and private.
+One table serves the HTTP server, serverless functions and the OpenAPI document, so that none says what another does
+not. ``null`` is the same as leaving a field out. Nothing that is refused is quoted: it may be of any length, and
+private.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from qingyu.runtime.serve.statuses import RefusedError
+from qingyu.runtime.wire import RefusedError, kind_of
 
-__all__ = ["BODIES", "Field", "Inputs", "read_body", "schema_of"]
+__all__ = ["BODIES", "EmbeddingRequest", "Field", "Inputs", "embedding_of", "read_body", "schema_of"]
 
 Schema = dict[str, Any]
 MISSING = object()
@@ -275,6 +276,40 @@ def read_body(path: str, document: Mapping[str, Any], most: int) -> dict[str, An
     return found
 
 
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """What is to be embedded, and how; ``None`` is the model's own way, and any model."""
+
+    texts: tuple[str, ...]
+    model: str | None = None
+    prompt: str | None = None
+    dim: int | None = None
+    normalize: bool | None = None
+    long_text: Literal["truncate", "error"] = "truncate"
+    encoding: Literal["float", "base64"] = "float"
+
+
+# What the two forms call texts and prompt.
+EMBEDDING_NAMES: Mapping[str, tuple[str, str]] = {
+    "/v1/embeddings": ("input", "prompt"),
+    "/embed": ("inputs", "prompt_name"),
+}
+
+
+def embedding_of(path: str, asked: Mapping[str, Any]) -> EmbeddingRequest:
+    """What the fields of a body, as ``read_body`` gives them, ask for in either form."""
+    texts, prompt = EMBEDDING_NAMES[path]
+    return EmbeddingRequest(
+        texts=asked[texts],
+        model=asked["model"],
+        prompt=asked[prompt],
+        dim=asked["dimensions"],
+        normalize=asked.get("normalize"),
+        long_text="truncate" if asked["truncate"] else "error",
+        encoding=asked.get("encoding_format", "float"),
+    )
+
+
 def schema_of(fields: Sequence[Field], most: int) -> Schema:
     """The JSON schema of a body."""
     properties: dict[str, Schema] = {}
@@ -296,7 +331,7 @@ def schema_of(fields: Sequence[Field], most: int) -> Schema:
 def refused(name: str, expected: str, found: object, hint: str = "") -> RefusedError:
     """The refusal of a value, named by its kind only."""
     return RefusedError(
-        "invalid_request", f"{name}: expected {expected}, found {_kind(found)}{hint}", parameter=name
+        "invalid_request", f"{name}: expected {expected}, found {kind_of(found)}{hint}", parameter=name
     )
 
 
@@ -319,8 +354,3 @@ def _size(value: Any) -> float:  # noqa: ANN401
         return float(value) if _is_number(value) else float("inf")
     except OverflowError:
         return float("inf")
-
-
-def _kind(value: object) -> str:
-    kinds = {str: "a string", bool: "a truth value", list: "a list", dict: "an object", type(None): "nothing"}
-    return kinds.get(type(value), "a number")
