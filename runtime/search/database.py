@@ -12,9 +12,8 @@ import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qingyu.errors import CorruptFileError, InvalidOptionError, OutputError, StoreError
 from qingyu.runtime.search.contract import Document, EmbeddedDocument, Filter, Scalar
@@ -43,14 +42,14 @@ CREATE TABLE fields (
 CREATE VIRTUAL TABLE terms USING fts5 (words, content='', tokenize="unicode61 remove_diacritics 0");
 """
 
+MAPPED = 1 << 31  # bytes of the file that are read by mapping; SQLite takes what it was built to take at most
 MOST_PARAMETERS = 500  # of one statement; SQLite's own limit was 999 for long
 INTEGERS = 1 << 63
 LONGEST_VALUE = 64  # characters of a field's value that stand in its index; longer ones are hashed
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A piece as it is stored: key, document's id, text and place there, the document's fields as JSON, the vector."""
+class Piece(NamedTuple):
+    """A piece as it is stored: key, document's id, text and place there, the document's fields as JSON."""
 
     key: int
     id: str
@@ -58,7 +57,6 @@ class Piece:
     start: int
     stop: int
     fields: str
-    vector: bytes
 
 
 class Database:
@@ -130,6 +128,11 @@ class Database:
                 yield
             finally:
                 self._connection.execute("ROLLBACK")
+
+    def look_again(self) -> None:
+        """Go on, inside ``looking``, with the newest state."""
+        self._connection.execute("ROLLBACK")
+        self._connection.execute("BEGIN")
 
     def version(self) -> int:
         """A number that changes when another connection has changed anything."""
@@ -235,19 +238,25 @@ class Database:
         """The keys of all pieces, ascending."""
         return [row[0] for row in self._rows("SELECT key FROM pieces ORDER BY key")]
 
-    def pieces(self, keys: Sequence[int], where: Filter | None = None) -> list[Piece]:
-        """Those of the pieces that are there and pass the filter, in no particular order."""
-        condition, values = _condition(where)
-        found: list[Piece] = []
+    def vectors_of(self, keys: Sequence[int], where: Filter | None) -> list[tuple[int, bytes]]:
+        """Keys and bytes of those of the pieces that are there and pass the filter, in no particular order."""
+        condition, values = _condition(where, column="document")
+        found: list[tuple[int, bytes]] = []
+        for part in _parts(keys):
+            query = f"SELECT key, vector FROM pieces WHERE key IN ({_marks(part)}){condition}"
+            found += self._rows(query, *part, *values)
+        return found
+
+    def pieces(self, keys: Sequence[int]) -> dict[int, Piece]:
+        """Those of the pieces that are there, by key."""
+        found: dict[int, Piece] = {}
         for part in _parts(keys):
             rows = self._rows(
-                "SELECT key, id, substr(text, start + 1, stop - start), start, stop, fields, vector "
-                "FROM pieces JOIN documents ON number = document "
-                f"WHERE key IN ({_marks(part)}){condition}",
+                "SELECT key, id, substr(text, start + 1, stop - start), start, stop, fields "
+                f"FROM pieces JOIN documents ON number = document WHERE key IN ({_marks(part)})",
                 *part,
-                *values,
             )
-            found += [Piece(*row) for row in rows]
+            found.update((row[0], Piece._make(row)) for row in rows)
         return found
 
     def passing(self, where: Filter, *, limit: int) -> list[tuple[int, bytes]]:
@@ -343,6 +352,7 @@ def _connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     if not frozen:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA mmap_size = {MAPPED}")
     if not writable:
         connection.execute("PRAGMA query_only = 1")
     return connection

@@ -10,6 +10,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -338,8 +339,8 @@ class SearchIndex:
     def _steps(self, documents: Iterable[Document | BadRow], rules: _Rules) -> Iterator[tuple[int, None]]:
         """Store the documents; how many were dealt with, after each block that was."""
         reported = 0
-        for block in self._embedded(self._wanted(documents, rules)):
-            self.store.put(block)
+        put = _put_behind if isinstance(self.store, LocalStore) else _put  # others need not be thread-safe
+        for _ in put(self.store, self._embedded(self._wanted(documents, rules))):
             yield rules.outcome.seen - reported, None
             reported = rules.outcome.seen
         yield rules.outcome.seen - reported, None
@@ -479,6 +480,30 @@ class SearchIndex:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _put(store: VectorStore, blocks: Iterable[list[EmbeddedDocument]]) -> Iterator[None]:
+    """Store the blocks, one at a time."""
+    for block in blocks:
+        store.put(block)
+        yield
+
+
+def _put_behind(store: VectorStore, blocks: Iterable[list[EmbeddedDocument]]) -> Iterator[None]:
+    """Store each block while the next one is embedded, so that the model does not wait for the disk.
+
+    All that was embedded is stored when this ends, with an error, too.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="qingyu-store") as writer:
+        before: Future[None] | None = None
+        for block in blocks:
+            if before is not None:
+                before.result()
+                yield
+            before = writer.submit(store.put, block)
+        if before is not None:
+            before.result()
+            yield
 
 
 @dataclass

@@ -237,19 +237,17 @@ class LocalStore:
         """
         check_k(k)
         query = check_query(vector, self._space)
-        with self._using() as database:
+        with self._looking() as database:
             found = None if where is None else self._among(database, query, k, where)
             if found is None:
                 found = self._near(database, query, k, where, width)
-        return [_hit(piece, value) for piece, value in found[:k]]
+            return _hits(database, found[:k])
 
     def match(self, text: str, *, k: int, where: Filter | None = None) -> list[Hit]:
         """The ``k`` best pieces by BM25, best first; none for a text without any letter or digit."""
         check_k(k)
-        with self._using() as database:
-            scores = dict(database.match(text, self._words, k=k, where=where))
-            pieces = {piece.key: piece for piece in database.pieces(list(scores))}
-        return [_hit(pieces[key], value) for key, value in scores.items() if key in pieces]
+        with self._looking() as database:
+            return _hits(database, database.match(text, self._words, k=k, where=where))
 
     def flush(self) -> None:
         """Take the tail into the graph's file, whatever its length."""
@@ -264,7 +262,7 @@ class LocalStore:
 
     def damage(self) -> list[str]:
         """What is wrong with the files, nothing where all is well; reads all of them."""
-        with self._using() as database, database.looking():
+        with self._looking() as database:
             found = database.damage()
             facts = database.facts()
             try:
@@ -308,6 +306,11 @@ class LocalStore:
                 )
             yield self._database
 
+    @contextmanager
+    def _looking(self) -> Iterator[Database]:
+        with self._using() as database, database.looking():
+            yield database
+
     def _after_fork(self) -> None:
         """A child reads through a connection of its own; the lock to write stays its parent's."""
         closed = self._closed
@@ -317,7 +320,7 @@ class LocalStore:
         self._begin()
         self._closed = closed
 
-    # What is searched.
+    # What is searched; all of it inside ``_looking``.
 
     def _current(self, database: Database) -> _View:
         version = database.version()
@@ -328,8 +331,9 @@ class LocalStore:
 
     def _refreshed(self, database: Database) -> _View:
         for _ in range(3):  # a writer may replace the file between the look into the database and the opening
-            with database.looking(), suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 return self._look(database)
+            database.look_again()
         return _refuse_lost(self.folder)
 
     def _look(self, database: Database) -> _View:
@@ -362,15 +366,15 @@ class LocalStore:
 
     def _near(
         self, database: Database, query: Floats, k: int, where: Filter | None, width: int
-    ) -> list[tuple[Piece, float]]:
+    ) -> list[tuple[int, float]]:
         """Search the graph and the tail; wider, as long as too many of what is found was removed or filtered out."""
         view = self._current(database)
         row = self._codes.encode(query[None])
         wanted = k + SPARE
         while True:
             parts = (_nearest_in(view.graph, row, wanted, width), self._nearest_of(view.tail, query, wanted))
-            found = self._scored(query, database.pieces(np.concatenate(parts).tolist(), where))
-            alive = {piece.key for piece, _ in found}
+            found = self._scored(query, database.vectors_of(np.concatenate(parts).tolist(), where))
+            alive = {key for key, _ in found}
             # Each part must give k by itself, or all it has: else the other's worse ones would fill the places.
             if all(len(keys) < wanted or len(alive.intersection(keys.tolist())) >= k for keys in parts):
                 return found
@@ -380,27 +384,24 @@ class LocalStore:
 
     def _among(
         self, database: Database, query: Floats, k: int, where: Filter
-    ) -> list[tuple[Piece, float]] | None:
+    ) -> list[tuple[int, float]] | None:
         """Compare with all pieces that pass the filter, if they are few; else ``None``."""
         rows = database.passing(where, limit=EXACT + 1)
         return None if len(rows) > EXACT else self._best(database, query, k, [rows])
 
     def _all(
         self, database: Database, query: Floats, k: int, where: Filter | None
-    ) -> list[tuple[Piece, float]]:
+    ) -> list[tuple[int, float]]:
         """Compare with all pieces: for filters that many pass, none of which are near."""
         return self._best(database, query, k, database.batches(where, size=BATCH))
 
     def _best(
         self, database: Database, query: Floats, k: int, batches: Iterable[Sequence[tuple[int, bytes]]]
-    ) -> list[tuple[Piece, float]]:
-        best: list[tuple[float, int]] = []
+    ) -> list[tuple[int, float]]:
+        best: list[tuple[int, float]] = []
         for rows in batches:
-            vectors = self._codes.decode(self._codes.unpack([vector for _, vector in rows], self._space.dim))
-            scores = score(self._space.metric, query, vectors)
-            best += [(float(scores[n]), -rows[n][0]) for n in _largest(scores, k)]
-            best = sorted(best, reverse=True)[:k]
-        return self._scored(query, database.pieces([-key for _, key in best]))
+            best = sorted(best + self._scored(query, rows, most=k), key=_rank)[:k]
+        return best
 
     def _nearest_of(self, tail: _Tail, query: Floats, count: int) -> Ids:
         scores = [
@@ -411,13 +412,20 @@ class LocalStore:
             return tail.keys
         return tail.keys[_largest(np.concatenate(scores), count)]
 
-    def _scored(self, query: Floats, pieces: Sequence[Piece]) -> list[tuple[Piece, float]]:
-        """The pieces with their scores, best first; of equal ones the older first."""
-        if not pieces:
+    def _scored(
+        self, query: Floats, rows: Sequence[tuple[int, bytes]], *, most: int | None = None
+    ) -> list[tuple[int, float]]:
+        """Keys and scores of the ``most`` best rows (``None``: of all), best first; of equal ones the older first.
+
+        ``rows`` are keys and the bytes of vectors.
+        """
+        if not rows:
             return []
-        codes = self._codes.unpack([piece.vector for piece in pieces], self._space.dim)
-        scores = score(self._space.metric, query, self._codes.decode(codes)).tolist()
-        return sorted(zip(pieces, scores, strict=True), key=lambda one: (-one[1], one[0].key))
+        keys, vectors = zip(*rows, strict=True)
+        codes = self._codes.unpack(vectors, self._space.dim)
+        scores = score(self._space.metric, query, self._codes.decode(codes))
+        best = _largest(scores, len(rows) if most is None else most).tolist()
+        return sorted(((keys[n], float(scores[n])) for n in best), key=_rank)
 
     # What is written.
 
@@ -542,6 +550,18 @@ def _largest(scores: Floats, count: int) -> Ids:
     some = np.sort(np.argpartition(-scores, count - 1)[:count])
     ordered: Ids = some[np.argsort(-scores[some], kind="stable")]
     return ordered
+
+
+def _rank(one: tuple[int, float]) -> tuple[float, int]:
+    """Best first, of equal ones the older: a key and its score."""
+    key, value = one
+    return -value, key
+
+
+def _hits(database: Database, found: Sequence[tuple[int, float]]) -> list[Hit]:
+    """The pieces with these keys and scores."""
+    pieces = database.pieces([key for key, _ in found])
+    return [_hit(pieces[key], value) for key, value in found]
 
 
 def _hit(piece: Piece, value: float) -> Hit:
