@@ -11,16 +11,15 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from qingyu.errors import StoreError
 from qingyu.models.extras import require
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.search.contract import VectorSpace
-from qingyu.runtime.stores.pieces import Condition, Found, PieceStore, Row, Stub, facts_of, space_facts
-from qingyu.runtime.stores.reach import check_reachable, unreachable
+from qingyu.runtime.stores.pieces import Condition, Found, PieceStore, Row, Stub
+from qingyu.runtime.stores.reach import check_reachable, is_server, unreachable
 
 __all__ = ["MilvusStore"]
 
@@ -40,61 +39,28 @@ METRICS: Mapping[str, tuple[str, Callable[[float], float]]] = {
 class MilvusStore(PieceStore):
     """A collection of Milvus as a ``VectorStore``; open one with ``open``, make one with ``create``."""
 
-    def __init__(self, client: Any, collection: str, place: str) -> None:  # noqa: ANN401 - pymilvus is untyped
-        self._client = client
-        self._is_server = _is_server(place.removeprefix("milvus+"))
-        self._collection = collection
-        with _failures(place):
-            if not client.has_collection(collection):
-                raise _absent(place, client.list_collections())
-            described = client.describe_collection(collection)
-            client.load_collection(collection)
-        noted = dict(described.get("properties") or {}).get("qingyu") or described.get("description")
-        super().__init__(place, *facts_of(noted, place))
+    KIND = "milvus"
 
-    @classmethod
-    def exists(cls, address: str, *, collection: str, timeout: float) -> bool:
-        """Whether there is such a collection."""
-        place = f"milvus+{address}?collection={collection}"
-        client = _client(address, timeout, place)
-        try:
-            with _failures(place):
-                return bool(client.has_collection(collection))
-        finally:
-            client.close()
+    @staticmethod
+    def _connected(address: str, place: str, timeout: float) -> Any:  # noqa: ANN401
+        return _client(address, timeout, place)
 
-    @classmethod
-    def open(cls, address: str, *, collection: str, timeout: float) -> MilvusStore:
-        """The collection at an address (http://HOST:PORT, or a file's path ending in .db), or ``StoreError``."""
-        place = f"milvus+{address}?collection={collection}"
-        client = _client(address, timeout, place)
-        try:
-            return cls(client, collection, place)
-        except BaseException:
-            client.close()
-            raise
+    @staticmethod
+    def _failures(place: str) -> AbstractContextManager[None]:
+        return _failures(place)
 
-    @classmethod
-    def create(
-        cls, address: str, space: VectorSpace, *, facts: Mapping[str, str], collection: str, timeout: float
-    ) -> MilvusStore:
-        """A new collection for vectors of a space; ``StoreError`` where there is one of that name."""
-        place = f"milvus+{address}?collection={collection}"
-        client = _client(address, timeout, place)
-        try:
-            with _failures(place):
-                if client.has_collection(collection):
-                    raise StoreError(
-                        f"cannot make {place}",
-                        expected="no collection of that name",
-                        found="one",
-                        remedy="Name another, or open it.",
-                    )
-                _make(client, collection, space, space_facts(space, facts), lite=not _is_server(address))
-            return cls(client, collection, place)
-        except BaseException:
-            client.close()
-            raise
+    @staticmethod
+    def _collections(client: Any) -> list[str]:  # noqa: ANN401
+        return list(client.list_collections())
+
+    @staticmethod
+    def _make(client: Any, collection: str, space: VectorSpace, facts: str, *, server: bool) -> None:  # noqa: ANN401
+        _make(client, collection, space, facts, lite=not server)
+
+    def _note(self) -> object:
+        described = self._client.describe_collection(self._collection)
+        self._client.load_collection(self._collection)
+        return dict(described.get("properties") or {}).get("qingyu") or described.get("description")
 
     def _check_row(self, row: Row) -> None:
         sizes = (
@@ -154,7 +120,7 @@ class MilvusStore(PieceStore):
     def _firsts(self) -> Iterator[Mapping[str, Any]]:
         """The first row of every document; in pages from a server, whose answers are limited in size."""
         asked = {"filter": "piece == 0", "output_fields": ["document"]}
-        if not self._is_server:
+        if not is_server(self.place.removeprefix("milvus+")):
             yield from self._client.query(self._collection, **asked)
             return
         pages = self._client.query_iterator(self._collection, batch_size=PAGE, **asked)
@@ -164,24 +130,17 @@ class MilvusStore(PieceStore):
         finally:
             pages.close()
 
-    def _close(self) -> None:
-        self._client.close()
-
 
 def _client(address: str, timeout: float, place: str) -> Any:  # noqa: ANN401
-    lite = () if _is_server(address) else ("milvus_lite",)
+    lite = () if is_server(address) else ("milvus_lite",)
     require("milvus", "pymilvus", *lite)
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs every error that it also raises
-    if _is_server(address):
+    if is_server(address):
         check_reachable(address, place, timeout)
     from pymilvus import MilvusClient
 
     with _failures(place):
         return MilvusClient(address, token=os.environ.get("MILVUS_TOKEN", ""), timeout=timeout)
-
-
-def _is_server(address: str) -> bool:
-    return address.startswith(("http://", "https://"))
 
 
 def _make(client: Any, collection: str, space: VectorSpace, facts: str, *, lite: bool) -> None:  # noqa: ANN401
@@ -225,15 +184,6 @@ def _expression(condition: Condition) -> str:
 
 def _is_in(field: str, values: Collection[str]) -> str:
     return f"{field} in {json.dumps(list(values), ensure_ascii=False)}"
-
-
-def _absent(place: str, there: Sequence[str]) -> StoreError:
-    return StoreError(
-        f"no collection at {place}",
-        expected="one of that name",
-        found=", ".join(sorted(there)[:8]) or "no collections",
-        remedy="Make one with `qingyu index build`.",
-    )
 
 
 @contextmanager

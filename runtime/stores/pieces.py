@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from qingyu.errors import ClosedError, DocumentError, StoreError
 from qingyu.runtime.engine import Floats
@@ -29,6 +30,7 @@ from qingyu.runtime.search.contract import (
     check_k,
     check_query,
 )
+from qingyu.runtime.stores.reach import is_server
 
 __all__ = [
     "Condition",
@@ -175,10 +177,87 @@ def facts_of(text: object, place: str) -> tuple[VectorSpace, Mapping[str, str]]:
 
 
 class PieceStore:
-    """A ``VectorStore`` over a collection of pieces; what differs between servers is in the methods at its end."""
+    """A ``VectorStore`` over a collection of pieces: open one with ``open``, make one with ``create``.
 
-    def __init__(self, place: str, space: VectorSpace, facts: Mapping[str, str]) -> None:
+    An address is http(s)://HOST:PORT, or the path of a file or folder. What differs between kinds of stores is in the
+    methods at the end.
+    """
+
+    KIND: ClassVar[str]  # the word before the address
+
+    @classmethod
+    def exists(cls, address: str, *, collection: str, timeout: float) -> bool:
+        """Whether there is such a collection."""
+        place = cls._place(address, collection)
+        client = cls._connected(address, place, timeout)
+        try:
+            with cls._failures(place):
+                return collection in cls._collections(client)
+        finally:
+            client.close()
+
+    @classmethod
+    def open(cls: type[S], address: str, *, collection: str, timeout: float) -> S:
+        """The collection at an address, or ``StoreError``."""
+        return cls._opened(address, collection, timeout, lambda client, place: None)
+
+    @classmethod
+    def create(
+        cls: type[S],
+        address: str,
+        space: VectorSpace,
+        *,
+        facts: Mapping[str, str],
+        collection: str,
+        timeout: float,
+    ) -> S:
+        """A new collection for vectors of a space; ``StoreError`` where there is one of that name."""
+
+        def make(client: Any, place: str) -> None:  # noqa: ANN401
+            if collection in cls._collections(client):
+                raise StoreError(
+                    f"cannot make {place}",
+                    expected="no collection of that name",
+                    found="one",
+                    remedy="Name another, or open it.",
+                )
+            cls._make(client, collection, space, space_facts(space, facts), server=is_server(address))
+
+        return cls._opened(address, collection, timeout, make)
+
+    @classmethod
+    def _opened(
+        cls: type[S], address: str, collection: str, timeout: float, prepare: Callable[[Any, str], None]
+    ) -> S:
+        place = cls._place(address, collection)
+        client = cls._connected(address, place, timeout)
+        try:
+            with cls._failures(place):
+                prepare(client, place)
+                there = cls._collections(client)
+            if collection not in there:
+                raise StoreError(
+                    f"no collection at {place}",
+                    expected="one of that name",
+                    found=", ".join(sorted(there)[:8]) or "no collections",
+                    remedy="Make one with `qingyu index build`.",
+                )
+            return cls(client, collection, place)
+        except BaseException:
+            client.close()
+            raise
+
+    @classmethod
+    def _place(cls, address: str, collection: str) -> str:
+        return f"{cls.KIND}+{address}?collection={collection}"
+
+    def __init__(self, client: Any, collection: str, place: str) -> None:  # noqa: ANN401
         self.place = place
+        self._client = client
+        self._collection = collection
+        with self._failures(place):
+            note = self._note()
+        space, facts = facts_of(note, place)
         self.facts = {
             **facts,
             "fingerprint": space.fingerprint,
@@ -260,7 +339,7 @@ class PieceStore:
         """Free the connection."""
         if not self._closed:
             self._closed = True
-            self._close()
+            self._client.close()
 
     def __enter__(self: S) -> S:
         return self
@@ -290,7 +369,29 @@ class PieceStore:
             remedy=remedy,
         )
 
-    # What a server is asked. All raise ``StoreError``.
+    # How a client is had, and what a server is asked. All raise ``StoreError``.
+
+    @staticmethod
+    def _connected(address: str, place: str, timeout: float) -> Any:  # noqa: ANN401
+        raise NotImplementedError
+
+    @staticmethod
+    def _failures(place: str) -> AbstractContextManager[None]:
+        """A context that turns errors of the client into ``StoreError``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _collections(client: Any) -> list[str]:  # noqa: ANN401
+        raise NotImplementedError
+
+    @staticmethod
+    def _make(client: Any, collection: str, space: VectorSpace, facts: str, *, server: bool) -> None:  # noqa: ANN401
+        """Make a collection that keeps ``facts``."""
+        raise NotImplementedError
+
+    def _note(self) -> object:
+        """The ``facts`` that the collection was made with; it is ready to be asked then."""
+        raise NotImplementedError
 
     def _check_row(self, row: Row) -> None:
         """Raise ``DocumentError`` for a row that the server would refuse."""
@@ -313,9 +414,6 @@ class PieceStore:
         raise NotImplementedError
 
     def _ids(self) -> Iterable[str]:
-        raise NotImplementedError
-
-    def _close(self) -> None:
         raise NotImplementedError
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from qingyu.errors import StoreError
 from qingyu.models.extras import require
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.search.contract import VectorSpace
-from qingyu.runtime.stores.pieces import Condition, Found, PieceStore, Row, Stub, facts_of, space_facts
-from qingyu.runtime.stores.reach import check_reachable, unreachable
+from qingyu.runtime.stores.pieces import Condition, Found, PieceStore, Row, Stub
+from qingyu.runtime.stores.reach import check_reachable, is_server, unreachable
 
 __all__ = ["QdrantStore"]
 
@@ -32,59 +31,27 @@ class QdrantStore(PieceStore):
     The collection's metadata holds its vector space, which needs a server of version 1.16 or later.
     """
 
-    def __init__(self, client: Any, collection: str, place: str) -> None:  # noqa: ANN401
-        self._client = client
-        self._collection = collection
-        with _failures(place):
-            if not client.collection_exists(collection):
-                there = [one.name for one in client.get_collections().collections]
-                raise _absent(place, there)
-            metadata = client.get_collection(collection).config.metadata
-        super().__init__(place, *facts_of((metadata or {}).get("qingyu"), place))
+    KIND = "qdrant"
 
-    @classmethod
-    def exists(cls, address: str, *, collection: str, timeout: float) -> bool:
-        """Whether there is such a collection."""
-        place = f"qdrant+{address}?collection={collection}"
-        client = _client(address, timeout, place)
-        try:
-            with _failures(place):
-                return bool(client.collection_exists(collection))
-        finally:
-            client.close()
+    @staticmethod
+    def _connected(address: str, place: str, timeout: float) -> Any:  # noqa: ANN401
+        return _client(address, timeout, place)
 
-    @classmethod
-    def open(cls, address: str, *, collection: str, timeout: float) -> QdrantStore:
-        """The collection at an address (http://HOST:PORT, or a folder's path), or ``StoreError``."""
-        place = f"qdrant+{address}?collection={collection}"
-        client = _client(address, timeout, place)
-        try:
-            return cls(client, collection, place)
-        except BaseException:
-            client.close()
-            raise
+    @staticmethod
+    def _failures(place: str) -> AbstractContextManager[None]:
+        return _failures(place)
 
-    @classmethod
-    def create(
-        cls, address: str, space: VectorSpace, *, facts: Mapping[str, str], collection: str, timeout: float
-    ) -> QdrantStore:
-        """A new collection for vectors of a space; ``StoreError`` where there is one of that name."""
-        place = f"qdrant+{address}?collection={collection}"
-        client = _client(address, timeout, place)
-        try:
-            with _failures(place):
-                if client.collection_exists(collection):
-                    raise StoreError(
-                        f"cannot make {place}",
-                        expected="no collection of that name",
-                        found="one",
-                        remedy="Name another, or open it.",
-                    )
-                _make(client, collection, space, space_facts(space, facts), local=not _is_server(address))
-            return cls(client, collection, place)
-        except BaseException:
-            client.close()
-            raise
+    @staticmethod
+    def _collections(client: Any) -> list[str]:  # noqa: ANN401
+        return [one.name for one in client.get_collections().collections]
+
+    @staticmethod
+    def _make(client: Any, collection: str, space: VectorSpace, facts: str, *, server: bool) -> None:  # noqa: ANN401
+        _make(client, collection, space, facts, local=not server)
+
+    def _note(self) -> object:
+        metadata = self._client.get_collection(self._collection).config.metadata
+        return (metadata or {}).get("qingyu")
 
     def _upsert(self, rows: Sequence[Row]) -> None:
         from qdrant_client import models
@@ -158,18 +125,15 @@ class QdrantStore(PieceStore):
         with _failures(self.place):
             return [row["document"] for row in self._rows(first, ["document"])]
 
-    def _close(self) -> None:
-        self._client.close()
-
 
 def _client(address: str, timeout: float, place: str) -> Any:  # noqa: ANN401
     require("qdrant", "qdrant_client")
-    if _is_server(address):
+    if is_server(address):
         check_reachable(address, place, timeout)
     from qdrant_client import QdrantClient
 
     with _failures(place):
-        if not _is_server(address):
+        if not is_server(address):
             return QdrantClient(path=address)
         # That versions differ is for the server to say, when it is asked something that it does not know.
         return QdrantClient(
@@ -178,10 +142,6 @@ def _client(address: str, timeout: float, place: str) -> Any:  # noqa: ANN401
             timeout=int(timeout),
             check_compatibility=False,
         )
-
-
-def _is_server(address: str) -> bool:
-    return address.startswith(("http://", "https://"))
 
 
 def _make(client: Any, collection: str, space: VectorSpace, facts: str, *, local: bool) -> None:  # noqa: ANN401
@@ -215,15 +175,6 @@ def _is_in(field: str, values: Collection[str]) -> Any:  # noqa: ANN401
     from qdrant_client import models
 
     return models.FieldCondition(key=field, match=models.MatchAny(any=list(values)))
-
-
-def _absent(place: str, there: Sequence[str]) -> StoreError:
-    return StoreError(
-        f"no collection at {place}",
-        expected="one of that name",
-        found=", ".join(sorted(there)[:8]) or "no collections",
-        remedy="Make one with `qingyu index build`.",
-    )
 
 
 @contextmanager

@@ -7,7 +7,12 @@ from urllib.parse import urlsplit
 
 from qingyu.errors import StoreError
 
-__all__ = ["check_reachable", "unreachable"]
+__all__ = ["check_reachable", "is_server", "unreachable"]
+
+
+def is_server(address: str) -> bool:
+    """Whether an address is that of a server, and not a path."""
+    return address.startswith(("http://", "https://"))
 
 
 def check_reachable(address: str, place: str, timeout: float) -> None:
