@@ -15,6 +15,7 @@ from qingyu.errors import (
     DocumentError,
     InvalidOptionError,
     ModelNotFoundError,
+    OutputError,
     StoreError,
     VectorSpaceError,
 )
@@ -131,6 +132,44 @@ def test_a_build_that_was_stopped_goes_on_and_embeds_nothing_twice(tmp_path, emb
         )
         assert index.store.damage() == []
         assert index.store.count() == index.store.count_pieces() == 1500
+
+
+class Keeping:
+    """A store that keeps blocks, and refuses the empty one."""
+
+    def __init__(self):
+        self.blocks = []
+
+    def put(self, block):
+        if not block:
+            raise OutputError("disk full", expected="room", found="none", remedy="Free space.")
+        self.blocks.append(block)
+
+
+def test_all_that_was_embedded_before_an_error_is_stored_in_order():
+    def embedded():
+        yield from ([1], [2], [3])
+        raise DocumentError("bad", expected="a text", found="none", remedy="Leave it out.")
+
+    store = Keeping()
+    with pytest.raises(DocumentError, match="bad"):
+        list(module._put_behind(store, embedded()))
+    assert store.blocks == [[1], [2], [3]]
+
+
+def test_a_block_that_cannot_be_stored_is_an_error_and_ends_the_stream():
+    given = []
+
+    def embedded():
+        for block in ([1], [], [3], [4], [5]):
+            given.append(block)
+            yield block
+
+    store = Keeping()
+    with pytest.raises(OutputError, match="disk full"):
+        list(module._put_behind(store, embedded()))
+    assert store.blocks == [[1]]
+    assert given == [[1], [], [3]]
 
 
 def test_adding_refuses_what_is_there_and_updating_replaces_it(tmp_path, embedder):
