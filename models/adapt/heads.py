@@ -233,7 +233,7 @@ def _fit(
         id2label=dict(enumerate(task.labels)),
         label2id={label: number for number, label in enumerate(task.labels)},
         dtype="float32",
-        # On a CPU drawing that mask takes longer than the attention: without it a step takes half the time at 256 tokens.
+        # Drawing that mask takes a CPU longer than the attention: without it a step of 256 tokens takes half the time.
         attention_probs_dropout_prob=0.0,
     )
     if freeze:
