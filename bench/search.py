@@ -9,7 +9,7 @@ come from comparing with all vectors in float32. Each contender builds in a proc
 is used again. Then each opens what it built, in a new process each round, in turns, and answers the same queries one
 by one with one thread at several search widths. For qingyu an answer includes the documents: ids, texts and fields.
 
-Prints one JSON line a contender and width, and writes FOLDER/results.jsonl and, with matplotlib, FOLDER/curve.png.
+Prints one JSON line a contender and width, and writes FOLDER/results.jsonl and, with matplotlib, FOLDER/curve.svg.
 Needs faiss-cpu, hnswlib and pymilvus with milvus-lite for those contenders; one that is not installed is left out.
 """
 
@@ -323,6 +323,7 @@ def _draw(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "qingyu"  # the same figures give the same file
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
@@ -333,7 +334,7 @@ def _draw(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -379,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (options.work / "results.jsonl").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
-    _draw(options.work / "curve.png", lines, f"{count:,} vectors, one thread")
+    _draw(options.work / "curve.svg", lines, f"{count:,} vectors, one thread")
     return 0
 
 
