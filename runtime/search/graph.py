@@ -117,7 +117,8 @@ class Graph:
     def reconnect(self) -> int:
         """Add again what no path leads to, so that it can be found; how many there were. Of a graph in memory.
 
-        A search as wide as the graph reaches all that any search can reach; it takes a fortieth of the time of adding.
+        A search as wide as the graph reaches all that any search can reach. Its time grows faster than the graph: a
+        fortieth of that of adding at some ten thousand entries, about a minute at a million.
         """
         if not len(self):
             return 0
