@@ -59,6 +59,7 @@ TAIL_SHARE = 4  # in between, a graph is written again when the tail is a quarte
 BATCH = 8192  # rows read from the database at once
 SPARE = 10  # candidates beyond k, for what exact scores put in another order
 REMOVED_SHARE = 0.3  # of the pieces ever stored: from here on a new graph is made without the removed ones
+MENDED = 200_000  # entries up to which what nothing links to is added again at every write
 WIDEST = 4096  # of a search in the graph, before all pieces are compared instead
 
 
@@ -252,12 +253,12 @@ class LocalStore:
     def flush(self) -> None:
         """Take the tail into the graph's file, whatever its length."""
         with self._using(to_write=True) as database:
-            self._fold(database)
+            self._fold(database, thorough=True)
 
     def compact(self) -> None:
         """Make the graph and the terms anew, without what was removed, and give the room back."""
         with self._using(to_write=True) as database:
-            self._fold(database, anew=True)
+            self._fold(database, anew=True, thorough=True)
             database.vacuum()
 
     def damage(self) -> list[str]:
@@ -453,8 +454,8 @@ class LocalStore:
         if self._tail_length >= min(MOST_TAIL, max(LEAST_TAIL, inside // TAIL_SHARE)):
             self._fold(database)
 
-    def _fold(self, database: Database, *, anew: bool = False) -> None:
-        """Write a graph that has the tail in it, and make it the graph."""
+    def _fold(self, database: Database, *, anew: bool = False, thorough: bool = False) -> None:
+        """Write a graph that has the tail in it, and make it the graph; ``thorough`` mends a large one, too."""
         facts = database.facts()
         if anew or self._wasteful(database, facts):
             with database.changing():
@@ -465,6 +466,8 @@ class LocalStore:
         try:
             graph, last = self._grown(database, facts, after)
             if last is not None or anew:
+                if thorough or len(graph) <= MENDED:
+                    graph.reconnect()
                 self._publish(database, graph, int(facts["generation"]), last or 0)
         except BaseException:
             self._growing = None  # it may hold what the file does not
@@ -497,7 +500,6 @@ class LocalStore:
 
     def _publish(self, database: Database, graph: Graph, generation: int, last: int) -> None:
         path = self._graph_path(generation + 1)
-        graph.reconnect()
         written = graph.save(path) if len(graph) else FileFacts(0, "")
         with database.changing():
             database.set_facts(
