@@ -52,6 +52,8 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[NDArray[np.
     >>> [group.tolist() for group in micro_batches([3, 9, 4, 4], token_budget=12)]
     [[1], [2, 3, 0]]
     """
+    if len(lengths) == 1:
+        return [np.zeros(1, dtype=np.intp)]
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     groups = []
     start = 0

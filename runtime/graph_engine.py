@@ -140,6 +140,8 @@ class GraphEngine:
         self.threads = settings.threads(threads)
         self._closed = False
         self._session: Any = None
+        self._path = self.folder / file
+        self._running_it = f"running {self._path}"
         self._start_afresh()
         _require(self._path, file, spec)
         _ENGINES.add(self)
@@ -197,7 +199,7 @@ class GraphEngine:
                 remedy="Export the model with the outputs that are needed.",
             )
         with self._in_use():
-            values = typed(f"running {self._path}", lambda: self._infer(batch, outputs))
+            values = typed(self._running_it, lambda: self._infer(batch, outputs))
         for name, value in zip(outputs, values, strict=True):
             self._check_value(name, value, batch)
         return values
@@ -218,10 +220,6 @@ class GraphEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / self.file
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:

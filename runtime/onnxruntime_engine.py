@@ -175,9 +175,10 @@ class OnnxRuntimeEngine(GraphEngine):
         After every run it would cost a fifth of the speed on large batches, and after none one large batch
         would stay in memory for good.
         """
+        if batch.ids.size <= max(self.settings.token_budget, self.spec.max_tokens):
+            return None
         options = import_onnxruntime().RunOptions()
-        if batch.ids.size > max(self.settings.token_budget, self.spec.max_tokens):
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return options
 
 
