@@ -230,6 +230,8 @@ def _environment(seat: Seat) -> dict[str, str]:
     environment = {**os.environ, "QINGYU_HOME": str(seat.home.resolve()), "TOKENIZERS_PARALLELISM": "true"}
     if seat.python != sys.executable:
         environment["PYTHONPATH"] = package
+    # Installed contenders were compiled by pip; ours, in a checkout, is compiled by its first run or in every one.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", ORT_DISABLE_TELEMETRY="1")
     return environment
 

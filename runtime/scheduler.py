@@ -290,7 +290,7 @@ class Scheduler:
         if not prepared.rows:
             return prepared.finish([])
         count = len(prepared.rows)
-        call = _Call(loop.create_future(), prepared.finish, [None] * count, count, loop.time(), count)
+        call = _Call(loop.create_future(), prepared.finish, [None] * count, count, time.perf_counter(), count)
         rows = [self._row(item, call, place) for place, item in enumerate(prepared.rows)]
         for row in rows:
             lane.waiting.put(row)
@@ -307,7 +307,7 @@ class Scheduler:
             self._note_idle()
         if timing is not None:
             timing.waited = call.started - call.arrived
-            timing.ran = loop.time() - call.started
+            timing.ran = time.perf_counter() - call.started
         return result
 
     async def drained(self) -> None:
@@ -381,16 +381,14 @@ class Scheduler:
         oldest = lane.waiting.oldest()
         if self.max_delay <= 0 or lane.again or oldest is None or lane.waiting.tokens >= lane.token_budget:
             return 0.0
-        assert self._loop is not None
-        return oldest.call.arrived + self.max_delay - self._loop.time()
+        return oldest.call.arrived + self.max_delay - time.perf_counter()
 
     def _share(self, lane: Lane) -> int:
         idle = self.slots - self._running
         return min(lane.token_budget, max(LEAST_SHARE, math.ceil(lane.waiting.tokens / idle)))
 
     def _start(self, lane: Lane, rows: list[_Row]) -> None:
-        assert self._loop is not None
-        now = self._loop.time()
+        now = time.perf_counter()  # a loop's own time may count in whole milliseconds, as uvloop's does
         for row in rows:
             call = row.call
             call.unstarted -= 1
