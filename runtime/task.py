@@ -34,7 +34,7 @@ from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
 from qingyu.runtime.tokenizer import EncodedPair, EncodedText, TokenizedText, Tokenizer
-from qingyu.runtime.tuning import Tuning, recall
+from qingyu.runtime.tuning import TUNED, Tuning, recall
 from qingyu.runtime.vectors import unit
 
 __all__ = [
@@ -211,8 +211,8 @@ class OpenOptions:
 
     def tuning(self, spec: ModelSpec) -> Tuning | None:
         """What `qingyu doctor --measure` found best here, unless these options decide about it."""
-        decided = self.threads is not None or self.profile != "throughput" or self.engine != "auto"
-        return None if decided else recall(spec)
+        decided = self.threads is not None or self.profile not in TUNED or self.engine != "auto"
+        return None if decided else recall(spec).get(self.profile)
 
 
 class TaskModel:

@@ -21,45 +21,47 @@ from qingyu.runtime.cpu import available_cpus, cpu_flags, cpu_model
 from qingyu.runtime.home import distrusted, own_folder, qingyu_home
 from qingyu.runtime.spec import ModelSpec
 
-__all__ = ["BUDGETS", "Tuning", "forget", "recall", "store"]
+__all__ = ["BUDGETS", "TUNED", "Tuning", "forget", "recall", "store"]
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "tuned"
-LIMIT = 1 << 14  # bytes; a file has about 500
+LIMIT = 1 << 14  # bytes; a file has about 600
 BUDGETS = (32, 1 << 16)  # the token budgets that are believed
+TUNED = ("throughput", "latency")  # the profiles that may have settings; edge has one thread by definition
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Threads, and tokens of a micro-batch, for many texts at once."""
+    """Threads, and tokens of a micro-batch, for a model opened with one profile."""
 
     threads: int
     token_budget: int
 
 
-def recall(spec: ModelSpec) -> Tuning | None:
-    """What was stored for this model on this machine; ``None`` where nothing was, or what is there cannot be used."""
+def recall(spec: ModelSpec) -> Mapping[str, Tuning]:
+    """What was stored for this model on this machine, by profile; empty where nothing was, or nothing can be used."""
     path = _path(spec)
     try:
         if path is None or not path.is_file() or path.stat().st_size > LIMIT:
-            return None
+            return {}
         document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return None
+        return {}
     if not isinstance(document, dict):
-        return None
+        return {}
     known = {"format": FORMAT, "facts": _facts(spec), "engines": _versions()}
     if {key: document.get(key) for key in known} != known:
-        return None
-    return _checked(document.get("threads"), document.get("token_budget"))
+        return {}
+    return _checked(document.get("profiles"))
 
 
-def store(spec: ModelSpec, tuning: Tuning) -> Path | None:
-    """Keep it, whole or not at all; the file, or ``None`` where there is no home to keep it in or it is no tuning."""
+def store(spec: ModelSpec, tunings: Mapping[str, Tuning]) -> Path | None:
+    """Keep them, whole or not at all; the file, or ``None`` where there is no home to keep it in or nothing to keep."""
     path = _path(spec)
-    if path is None or _checked(tuning.threads, tuning.token_budget) is None:
+    profiles = {profile: vars(tuning) for profile, tuning in tunings.items()}
+    if path is None or not _checked(profiles):
         return None
-    document = {"format": FORMAT, "facts": _facts(spec), "engines": _versions(), **vars(tuning)}
+    document = {"format": FORMAT, "facts": _facts(spec), "engines": _versions(), "profiles": profiles}
     beside = path.with_name(f".{path.stem}.{os.getpid()}")
     try:
         own_folder(qingyu_home(), FOLDER)
@@ -84,13 +86,25 @@ def forget(spec: ModelSpec) -> bool:
     return True
 
 
-def _checked(threads: object, token_budget: object) -> Tuning | None:
-    least, most = BUDGETS
-    if type(threads) is not int or not 1 <= threads <= available_cpus():
-        return None
-    if type(token_budget) is not int or not least <= token_budget <= most:
-        return None
-    return Tuning(threads, token_budget)
+def _checked(profiles: object) -> dict[str, Tuning]:
+    """The tunings of a document, or none of them if one makes no sense."""
+    if not isinstance(profiles, dict) or not all(map(_makes_sense, profiles.items())):
+        return {}
+    return {profile: Tuning(**settings) for profile, settings in profiles.items()}
+
+
+def _makes_sense(item: tuple[object, object]) -> bool:
+    profile, settings = item
+    bounds = {"threads": (1, available_cpus()), "token_budget": BUDGETS}
+    return (
+        profile in TUNED
+        and isinstance(settings, dict)
+        and set(settings) == set(bounds)
+        and all(
+            type(settings[name]) is int and least <= settings[name] <= most
+            for name, (least, most) in bounds.items()
+        )
+    )
 
 
 def _path(spec: ModelSpec) -> Path | None:

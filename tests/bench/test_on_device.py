@@ -9,7 +9,7 @@ import pytest
 
 from qingyu.__main__ import main
 from qingyu.bench import on_device
-from qingyu.bench.on_device import measure, tuning_of
+from qingyu.bench.on_device import measure, tunings_of
 from qingyu.errors import InvalidOptionError
 from qingyu.runtime.cpu import available_cpus
 from qingyu.runtime.tuning import Tuning
@@ -39,6 +39,9 @@ def test_every_setting_is_measured_in_every_round_and_the_best_is_one_of_them(fo
     assert set(found["latency"]) == set(found["memory"]) == {"throughput", "latency", "edge"}
     for row in found["latency"].values():
         assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
+    assert found["lone"][0]["times_default"] == 1.0
+    assert {row["threads"] for row in found["lone"]} >= {1, available_cpus()}
+    assert all(row["p50_ms"] > 0 and row["rounds"] >= on_device.LEAST_ROUNDS for row in found["lone"])
     assert all(row["opened_mb"] > 10 for row in found["memory"].values())
     assert 0 <= found["foreign_percent"] <= 100
 
@@ -50,10 +53,13 @@ def test_too_short_a_time_is_an_error(tiny_int8):
 
 def test_only_a_clear_gain_is_worth_keeping():
     row = {"threads": 1, "token_budget": 256}
-    alone = {"foreign_percent": 1.0}
-    assert tuning_of({"best": {**row, "times_default": 1.01}, **alone}) is None
-    assert tuning_of({"best": {**row, "times_default": 1.2}, **alone}) == Tuning(1, 256)
-    assert tuning_of({"best": {**row, "times_default": 1.2}, "foreign_percent": 30.0}) is None
+    slow, fast = {**row, "times_default": 1.01}, {**row, "times_default": 1.2}
+    lone = [{**row, "threads": 2, "times_default": 1.0}, {**row, "times_default": 1.3}]
+    alone = {"foreign_percent": 1.0, "lone": lone[:1]}
+    assert tunings_of({"best": slow, **alone}) == {}
+    assert tunings_of({"best": fast, **alone}) == {"throughput": Tuning(1, 256)}
+    assert tunings_of({"best": slow, **alone, "lone": lone}) == {"latency": Tuning(1, 256)}
+    assert tunings_of({"best": fast, **alone, "foreign_percent": 30.0}) == {}
 
 
 def test_what_others_use_is_what_is_busy_beside_this_process():
@@ -88,15 +94,20 @@ def test_doctor_keeps_what_it_measured_and_forgets_it(tiny_int8, tmp_path, monke
     monkeypatch.setenv("QINGYU_HOME", str(tmp_path))
     best = {"threads": 1, "token_budget": 128, "times_default": 1.5}
     load = {"foreign_percent": 0.0}
-    monkeypatch.setattr(on_device, "measure", lambda _model: {"best": best, **load})
+    lone = [{"threads": 1, "token_budget": 64, "times_default": 1.0}]
+    monkeypatch.setattr(on_device, "measure", lambda _model: {"best": best, "lone": lone, **load})
 
     def settings(*options):
         assert main(["doctor", "--model", str(tiny_int8), "--json", *options]) == 0
         return json.loads(capsys.readouterr().out)["settings"]
 
     assert settings() == "defaults"
-    assert settings("--measure") == settings() == "1 threads, 128 tokens, as measured here"
-    best["times_default"] = 1.0
+    assert settings("--measure") == settings() == "throughput: 1 threads, 128 tokens, as measured here"
+    lone[0]["times_default"] = 2.0
+    assert settings("--measure") == (
+        "throughput: 1 threads, 128 tokens; latency: 1 threads, 64 tokens, as measured here"
+    )
+    best["times_default"] = lone[0]["times_default"] = 1.0
     assert settings("--measure") == "defaults, measured to be best"
     best["times_default"] = 1.5
     load["foreign_percent"] = 40.0

@@ -27,7 +27,7 @@ def spec(tiny_model):
     return read_spec(tiny_model)
 
 
-BEST = Tuning(1, 96)
+BEST = {"throughput": Tuning(1, 96)}
 
 
 def only_file(home):
@@ -36,7 +36,7 @@ def only_file(home):
 
 
 def test_what_is_stored_is_used_when_a_model_is_opened_and_dropped_when_forgotten(home, spec, tiny_model):
-    assert recall(spec) is None
+    assert recall(spec) == {}
     with Embedder.open(tiny_model) as embedder:
         default = embedder.plan
         expected = embedder.embed(["今天天气真好", "股票大跌"] * 30)
@@ -52,21 +52,35 @@ def test_what_is_stored_is_used_when_a_model_is_opened_and_dropped_when_forgotte
         assert embedder.plan == default
 
 
+def test_each_profile_has_its_own(home, spec, tiny_model):
+    with Embedder.open(tiny_model, profile="latency") as embedder:
+        default = embedder.plan.token_budget
+    store(spec, BEST)
+    with Embedder.open(tiny_model, profile="latency") as embedder:
+        assert embedder.plan.token_budget == default != 96
+    store(spec, {**BEST, "latency": Tuning(1, 77)})
+    with Embedder.open(tiny_model, profile="latency") as embedder:
+        assert embedder.plan.token_budget == 77
+        assert embedder._engine._engine.threads == 1
+    with Embedder.open(tiny_model) as embedder:
+        assert embedder.plan.token_budget == 96
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"threads": 1}, {"profile": "latency"}, {"profile": "edge"}, {"engine": "onnxruntime"}],
+    [{"threads": 1}, {"profile": "edge"}, {"engine": "onnxruntime"}],
     ids=lambda one: next(iter(one)),
 )
 def test_options_that_decide_are_not_overruled(home, spec, tiny_model, options):
     with Embedder.open(tiny_model, **options) as embedder:
         default = embedder.plan
-    store(spec, Tuning(1, 77))
+    store(spec, {"throughput": Tuning(1, 77), "latency": Tuning(1, 78)})
     with Embedder.open(tiny_model, **options) as embedder:
         assert embedder.plan == default
 
 
 def test_a_memory_budget_still_bounds_what_is_stored(home, spec, tiny_model):
-    store(spec, Tuning(1, 1 << 16))
+    store(spec, {"throughput": Tuning(1, 1 << 16)})
     with Embedder.open(tiny_model, max_memory_mb=1 << 20) as embedder:
         assert embedder.plan.token_budget == 1 << 16
     with Embedder.open(tiny_model) as embedder:
@@ -91,13 +105,13 @@ def test_another_machine_or_library_does_not_use_it(home, spec, monkeypatch, nam
     store(spec, BEST)
     assert recall(spec) == BEST
     monkeypatch.setattr(tuning, name, lambda: value)
-    assert recall(spec) is None
+    assert recall(spec) == {}
 
 
 def test_another_graph_does_not_use_it(home, spec):
     store(spec, BEST)
     record = replace(spec.files[spec.graph], sha256="0" * 64)
-    assert recall(replace(spec, files={**spec.files, spec.graph: record})) is None
+    assert recall(replace(spec, files={**spec.files, spec.graph: record})) == {}
 
 
 @pytest.mark.parametrize(
@@ -111,45 +125,53 @@ def test_another_graph_does_not_use_it(home, spec):
         {"token_budget": 1 << 20},
         {"token_budget": 96.0},
         {"token_budget": None},
-        {"format": 2},
+        {"workers": 1},
+        {"format": 1},
+        {"profiles": {"edge": {"threads": 1, "token_budget": 96}}},
+        {"profiles": [1]},
         {"facts": {}},
     ],
     ids=str,
 )
 def test_a_value_that_makes_no_sense_is_not_used(home, spec, tiny_model, change):
     path = store(spec, BEST)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert recall(spec) is None
+    document = json.loads(path.read_text())
+    settings = {"throughput": {**document["profiles"]["throughput"], **change}}
+    changed = change if set(change) <= set(document) else {"profiles": settings}
+    path.write_text(json.dumps({**document, **changed}))
+    assert recall(spec) == {}
     Embedder.open(tiny_model).close()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b" " * 20_000], ids=len)
 def test_a_damaged_file_is_as_good_as_none(home, spec, content):
     store(spec, BEST).write_bytes(content)
-    assert recall(spec) is None
+    assert recall(spec) == {}
 
 
 def test_what_makes_no_sense_is_not_stored(home, spec):
-    assert store(spec, Tuning(available_cpus() + 1, 96)) is None
-    assert store(spec, Tuning(1, 1)) is None
+    assert store(spec, {"throughput": Tuning(available_cpus() + 1, 96)}) is None
+    assert store(spec, {"latency": Tuning(1, 1)}) is None
+    assert store(spec, {"edge": Tuning(1, 96)}) is None
+    assert store(spec, {}) is None
     assert not home.exists()
 
 
 def test_where_nothing_can_be_written_nothing_is_stored(home, spec, monkeypatch):
     home.write_text("a file, not a folder")
     assert store(spec, BEST) is None
-    assert recall(spec) is None
+    assert recall(spec) == {}
     assert not forget(spec)
     monkeypatch.setenv("QINGYU_HOME", "relative")
     assert store(spec, BEST) is None
-    assert recall(spec) is None
+    assert recall(spec) == {}
     assert not forget(spec)
 
 
 def test_a_home_that_everybody_may_write_to_is_neither_read_nor_written(home, spec):
     path = store(spec, BEST)
     home.chmod(0o777)
-    assert recall(spec) is None
+    assert recall(spec) == {}
     assert store(spec, BEST) is None
     assert not forget(spec)
     assert path.is_file()

@@ -58,6 +58,10 @@ def as_facts(found: Mapping[str, Any]) -> dict[str, object]:
         lines[f"one query, {profile}"] = ", ".join(
             f"{name.removesuffix('_ms')} {value:.2f} ms" for name, value in row.items()
         )
+    for row in found["lone"]:
+        lines[f"one query, latency, {row['threads']} threads"] = (
+            f"p50 {row['p50_ms']:.2f} ms, {row['times_default']:.2f} times the default's speed"
+        )
     for profile, row in found["memory"].items():
         lines[f"memory, {profile}"] = (
             f"{row['opened_mb']:.0f} MB open, {row['after_mb']:.0f} MB after the texts"

@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from qingyu.errors import QingyuError
 
 if TYPE_CHECKING:
     from qingyu.runtime.embedder import Embedder
+    from qingyu.runtime.tuning import Tuning
 
 __all__ = ["add", "run"]
 
@@ -70,18 +72,24 @@ def _settings(options: argparse.Namespace) -> str:
     if options.forget or options.measure:
         forget(spec)
     if options.measure:
-        from qingyu.bench.on_device import is_disturbed, measure, tuning_of
+        from qingyu.bench.on_device import is_disturbed, measure, tunings_of
 
         found = measure(options.model)
         if is_disturbed(found):
             return f"defaults; not measured, as others used {found['foreign_percent']:.0f} % of the machine meanwhile"
-        best = tuning_of(found)
-        if best is not None and store(spec, best) is None:
-            return f"{best.threads} threads, {best.token_budget} tokens are best, but there is nowhere to keep it"
+        best = tunings_of(found)
+        if best and store(spec, best) is None:
+            return f"{_said(best)} are best, but there is nowhere to keep it"
     kept = recall(spec)
-    if kept is None:
+    if not kept:
         return "defaults, measured to be best" if options.measure else "defaults"
-    return f"{kept.threads} threads, {kept.token_budget} tokens, as measured here"
+    return f"{_said(kept)}, as measured here"
+
+
+def _said(tunings: Mapping[str, Tuning]) -> str:
+    return "; ".join(
+        f"{profile}: {one.threads} threads, {one.token_budget} tokens" for profile, one in tunings.items()
+    )
 
 
 def _installed(package: str) -> str:
