@@ -121,10 +121,7 @@ async def answers(client, count):
 @pytest.fixture(params=["asyncio", "uvloop"])
 def run(request):
     """Runs a coroutine in a loop of either kind."""
-    if request.param == "uvloop":
-        new_loop = pytest.importorskip("uvloop").new_event_loop
-    else:
-        new_loop = asyncio.new_event_loop
+    new_loop = pytest.importorskip(request.param).new_event_loop
 
     def run(coroutine):
         loop = new_loop()
@@ -195,7 +192,13 @@ def test_while_one_is_answered_one_request_waits_and_the_rest_is_not_parsed(run)
     assert found == [b"/%d" % n for n in range(300)]
 
 
-BODIES = (b"", b"a", b"\r\n\r\n", b"GET /9 HTTP/1.1\r\nHost: evil\r\n\r\n", b"x" * 3000 + b"\r\n\r\n" + b"y" * 50)
+BODIES = (
+    b"",
+    b"a",
+    b"\r\n\r\n",
+    b"GET /9 HTTP/1.1\r\nHost: evil\r\n\r\n",
+    b"x" * 3000 + b"\r\n\r\n" + b"y" * 50,
+)
 
 
 def _declared(number: int, body: bytes) -> bytes:
