@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,7 @@ __all__ = ["CONTENDERS"]
 # Its quantization presets by what the CPU must have, the best first.
 PRESETS = (("avx512_vnni", "avx512_vnni"), ("avx512f", "avx512"), ("avx2", "avx2"), ("asimd", "arm64"))
 CALIBRATION = 300  # its own default
+OWN_OPTIONS = ("max_seq_length", "do_lower_case")  # of sentence_bert_config.json, whatever the backend
 
 
 def _quiet() -> None:
@@ -58,16 +62,32 @@ def _preset() -> str:
     return next((preset for flag, preset in PRESETS if flag in flags), "avx2")
 
 
+@contextlib.contextmanager
+def _for_other_backends(checkpoint: Path) -> Iterator[str]:
+    """The checkpoint without options for torch's class, such as ``add_pooling_layer``, that optimum's refuse."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in checkpoint.resolve().iterdir():
+            (folder / file.name).symlink_to(file)
+        options = folder / "sentence_bert_config.json"
+        if options.exists():
+            kept = json.loads(options.read_text(encoding="utf-8"))
+            options.unlink()
+            options.write_text(json.dumps({key: kept[key] for key in kept if key in OWN_OPTIONS}))
+        yield name
+
+
 def _prepare_onnx(files: Files) -> None:
     _quiet()
     from sentence_transformers import SentenceTransformer, export_dynamic_quantized_onnx_model
 
-    checkpoint = str(require_checkpoint(files))
+    checkpoint = require_checkpoint(files)
 
     def write(folder: Path) -> None:
-        model = SentenceTransformer(checkpoint, backend="onnx", device="cpu", model_kwargs={"export": True})
-        model.save_pretrained(str(folder))
-        export_dynamic_quantized_onnx_model(model, _preset(), str(folder))
+        with _for_other_backends(checkpoint) as source:
+            model = SentenceTransformer(source, backend="onnx", device="cpu", model_kwargs={"export": True})
+            model.save_pretrained(str(folder))
+            export_dynamic_quantized_onnx_model(model, _preset(), str(folder))
 
     write_once(files.own, write)
 
@@ -95,26 +115,27 @@ def _prepare_openvino(files: Files) -> None:
 
     from qingyu.quantize.texts import calibration_texts
 
-    checkpoint = str(require_checkpoint(files))
+    checkpoint = require_checkpoint(files)
 
     def write(folder: Path) -> None:
         texts = folder / "calibration"
         texts.mkdir()
         lines = [text.replace("\n", " ") for text in calibration_texts(CALIBRATION)]
         (texts / "train.txt").write_text("\n".join(lines), encoding="utf-8")
-        model = SentenceTransformer(
-            checkpoint, backend="openvino", device="cpu", model_kwargs={"export": True}
-        )
-        model.save_pretrained(str(folder))
-        export_static_quantized_openvino_model(
-            model,
-            None,
-            str(folder),
-            dataset_name=str(texts),
-            dataset_config_name="default",
-            dataset_split="train",
-            column_name="text",
-        )
+        with _for_other_backends(checkpoint) as source:
+            model = SentenceTransformer(
+                source, backend="openvino", device="cpu", model_kwargs={"export": True}
+            )
+            model.save_pretrained(str(folder))
+            export_static_quantized_openvino_model(
+                model,
+                None,
+                str(folder),
+                dataset_name=str(texts),
+                dataset_config_name="default",
+                dataset_split="train",
+                column_name="text",
+            )
 
     write_once(files.own, write)
 

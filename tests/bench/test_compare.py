@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import qingyu
-from qingyu.bench import compare, measure, summary, wall
+from qingyu.bench import compare, measure, seats, summary, wall
 from qingyu.bench.contenders import MODULES, contender
 from qingyu.bench.contenders.contract import (
     Files,
@@ -321,3 +321,10 @@ def test_sorted_batches_hold_every_text_once_and_the_longest_first():
     flat = [lengths[n] for batch in batches for n in batch]
     assert flat == sorted(lengths, reverse=True)
     assert [len(batch) for batch in batches] == [1, 2, 2]
+
+
+def test_another_python_gets_the_whole_package_however_it_is_installed(tmp_path):
+    """An editable install may be a tree of links, and what they point to is not one package."""
+    seat = Seat("qingyu-int8", files=None, cores=1, python="another", home=tmp_path)  # type: ignore[arg-type]
+    place = Path(seats._environment(seat)["PYTHONPATH"])
+    assert (place / "qingyu" / "bench" / "child.py").exists()
