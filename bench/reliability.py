@@ -128,10 +128,12 @@ python -m qingyu.bench.reliability --out docs
 ```
 
 It runs for about an hour in a checkout, as root and with strace installed for all rows. `--rows 8 12` runs some,
-`--quick` tries less of the long ones. Figures are from a virtual machine with two cores of an AMD EPYC (Zen 5,
-AVX512-VNNI) that others used, too, so times are no better than a factor of two; Debian 12, Python 3.11. Facts and
-versions of each row are in [reliability.json](reliability.json). The model is qingyu-mini-zh with an edge file where
-no other is named.
+`--quick` tries less of the long ones. Figures are from virtual machines with two cores that others used, too, so times
+are no better than a factor of two; Debian 12, Python 3.11. The last column is the CPU: "AMD EPYC, avx2" is one of Zen 3
+without AVX-512, so without VNNI, where an edge file is not used but the graph beside it ([cpus.md](cpus.md)); rows that
+say "not kept" were measured on CPUs with AVX512-VNNI (AMD EPYC of Zen 5, or Intel Xeon), before the CPU was kept for
+each row. Facts and versions of each row are in [reliability.json](reliability.json). The model is qingyu-mini-zh with
+an edge file where no other is named.
 """
 
 MIDDLE = """
