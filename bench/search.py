@@ -273,7 +273,13 @@ def _measured(search: Search, queries: Floats, answers: NDArray[np.int64], width
 def _child(work: Path, what: str, name: str) -> list[dict[str, Any]]:
     """The lines that this module prints in a process of its own for one contender."""
     command = [sys.executable, "-m", "qingyu.bench.search", "--work", str(work), "--child", what, name]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(choose_threads(None)), "GRPC_VERBOSITY": "NONE"}
+    threads = str(choose_threads(None) if what == "build" else 1)  # numpy's products count as well
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "GRPC_VERBOSITY": "NONE",
+    }
     done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False)
     if done.returncode != 0:
         sys.stderr.write(f"{name}: {what} failed with {done.returncode}\n")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -30,7 +30,9 @@ from qingyu.models.adapt.training import (
     silence,
 )
 
-__all__ = ["Entity", "LabelledText", "TaggedText", "classify", "longest_entities", "tag"]
+__all__ = ["Entity", "HeadPooling", "LabelledText", "TaggedText", "classify", "longest_entities", "tag"]
+
+HeadPooling = Literal["cls", "mean"]
 
 LEAST_TEXTS = 16
 SCHEDULE = Schedule(epochs=3, learning_rate=5e-5, evaluate_every=200)
@@ -69,6 +71,8 @@ def classify(
     *,
     held_out: float | Sequence[LabelledText] = 0.1,
     freeze: bool = False,
+    head_rate: float | None = None,
+    pooling: HeadPooling = "cls",
     max_tokens: int = 256,
     batch_size: int = 32,
     schedule: Schedule | None = None,
@@ -76,7 +80,12 @@ def classify(
     """Train a text classifier on ``checkpoint``; the run's folder is ``output``, the result ``output/model``.
 
     ``held_out``: texts to evaluate on, or the share of ``texts`` to keep for it; macro-averaged F1 on them chooses
-    the checkpoint that is kept. ``freeze`` trains the head alone. Longer texts are cut at ``max_tokens``.
+    the checkpoint that is kept. ``freeze`` trains the head alone. The head learns at ``head_rate`` times the learning
+    rate (default: 1, with ``freeze`` 20). Longer texts are cut at ``max_tokens``.
+
+    ``pooling``: what the head reads, the state of the first token or the mean of all, which is better for an encoder
+    that was trained with it, as E5. config.json says so as ``classifier_pooling``, as ModernBERT's does; transformers'
+    own classes for BERT and RoBERTa ignore it.
 
     Run again with the same arguments, it goes on where it was stopped. Raises ``MissingExtraError``,
     ``InputError`` for texts that are blank, too few or of one class, ``CheckpointError`` and its kin,
@@ -104,7 +113,8 @@ def classify(
         metrics=_class_metrics,
         metric="eval_f1",
     )
-    return _train_head(task, checkpoint, output, rows, given, share, freeze, max_tokens, batch_size, schedule)
+    options = _Options(freeze, head_rate, pooling, max_tokens, batch_size)
+    return _train_head(task, checkpoint, output, rows, given, share, options, schedule)
 
 
 def tag(
@@ -114,6 +124,7 @@ def tag(
     *,
     held_out: float | Sequence[TaggedText] = 0.1,
     freeze: bool = False,
+    head_rate: float | None = None,
     max_tokens: int = 256,
     batch_size: int = 32,
     schedule: Schedule | None = None,
@@ -145,7 +156,8 @@ def tag(
         metrics=lambda outcome: _entity_metrics(outcome, labels),
         metric="eval_f1",
     )
-    return _train_head(task, checkpoint, output, rows, given, share, freeze, max_tokens, batch_size, schedule)
+    options = _Options(freeze, head_rate, "cls", max_tokens, batch_size)
+    return _train_head(task, checkpoint, output, rows, given, share, options, schedule)
 
 
 def longest_entities(texts: Sequence[TaggedText]) -> tuple[list[TaggedText], int]:
@@ -178,6 +190,22 @@ class _Task:
     metric: str
 
 
+@dataclass(frozen=True)
+class _Options:
+    """How a head is trained, beside its schedule."""
+
+    freeze: bool
+    head_rate: float | None
+    pooling: HeadPooling
+    max_tokens: int
+    batch_size: int
+
+    @property
+    def rate(self) -> float:
+        """Times the learning rate for the head's own layers."""
+        return self.head_rate or (FROZEN_RATE if self.freeze else 1.0)
+
+
 def _train_head(
     task: _Task,
     checkpoint: Path,
@@ -185,15 +213,13 @@ def _train_head(
     rows: Sequence[tuple[str, Any]],
     given: Sequence[tuple[str, Any]] | None,
     share: float,
-    freeze: bool,
-    max_tokens: int,
-    batch_size: int,
+    options: _Options,
     schedule: Schedule | None,
 ) -> Trained:
     check_extra()
     plan = schedule or SCHEDULE
     plan.check()
-    _check_options(share, given is not None, max_tokens, batch_size)
+    _check_options(share, given is not None, options)
     checked_config(checkpoint)
     folder = TrainingFolder(output)
     folder.claim(
@@ -202,14 +228,12 @@ def _train_head(
             "checkpoint": str(Path(checkpoint).resolve()),
             "texts": texts_digest([repr(row) for row in rows]),
             "held_out": share if given is None else texts_digest([repr(row) for row in given]),
-            "freeze": freeze,
-            "max_tokens": max_tokens,
-            "batch_size": batch_size,
+            **vars(options),
             **described(plan),
         }
     )
     learnt, kept = (list(rows), list(given)) if given is not None else _split(rows, share, plan.seed)
-    return _fit(task, Path(checkpoint), folder, learnt, kept, freeze, batch_size, plan)
+    return _fit(task, Path(checkpoint), folder, learnt, kept, options, plan)
 
 
 def _fit(
@@ -218,8 +242,7 @@ def _fit(
     folder: TrainingFolder,
     learnt: Sequence[tuple[str, Any]],
     kept: Sequence[tuple[str, Any]],
-    freeze: bool,
-    batch_size: int,
+    options: _Options,
     plan: Schedule,
 ) -> Trained:
     import transformers
@@ -227,8 +250,9 @@ def _fit(
     silence()
     transformers.set_seed(plan.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(checkpoint))
-    model = getattr(transformers, task.model_class).from_pretrained(
+    model, loaded = getattr(transformers, task.model_class).from_pretrained(
         str(checkpoint),
+        output_loading_info=True,
         num_labels=len(task.labels),
         id2label=dict(enumerate(task.labels)),
         label2id={label: number for number, label in enumerate(task.labels)},
@@ -236,23 +260,23 @@ def _fit(
         # Drawing that mask takes a CPU longer than the attention: without it a step of 256 tokens takes half the time.
         attention_probs_dropout_prob=0.0,
     )
-    if freeze:
+    if options.pooling == "mean":
+        _read_mean(model, loaded["missing_keys"])
+    if options.freeze:
         model.base_model.requires_grad_(False)
-    arguments = common_arguments(folder, plan, task.metric)
-    if freeze:
-        arguments["learning_rate"] = plan.learning_rate * FROZEN_RATE
     trainer = transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(
-            **arguments,
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
+            **common_arguments(folder, plan, task.metric),
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.batch_size,
             **_by_length(transformers.__version__),
         ),
         train_dataset=task.encode(tokenizer, learnt),
         eval_dataset=task.encode(tokenizer, kept),
         data_collator=getattr(transformers, task.collator)(tokenizer),
         compute_metrics=task.metrics,
+        optimizers=(_optimizer(model, plan.learning_rate, options.rate), None),
     )
 
     def save(made: Path) -> None:
@@ -263,6 +287,49 @@ def _fit(
             shutil.copyfile(checkpoint / "tokenizer.json", made / "tokenizer.json")
 
     return run_trainer(trainer, folder, plan, save)
+
+
+def _read_mean(model: Any, missing: Iterable[str]) -> None:  # noqa: ANN401 - a class of an optional dependency
+    """Give the head the mean of the tokens' states in the place of the first one.
+
+    Where the checkpoint has no layer between them and the classes, it begins as the identity: by chance it would hide
+    for hundreds of steps what the encoder knows of a text.
+    """
+    import torch
+
+    masks: list[Any] = []
+
+    def keep(_module: object, _positional: object, named: Mapping[str, Any]) -> None:
+        masks[:] = [named["attention_mask"].unsqueeze(-1)]
+
+    def mean(_module: object, positional: tuple[Any, ...]) -> tuple[Any, ...]:
+        weights = masks[0].to(positional[0].dtype)
+        return ((positional[0] * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True),)
+
+    # BERT's dense layer is its encoder's pooler, RoBERTa's a part of the classifier; both take the first state.
+    pooler = getattr(model.base_model, "pooler", None)
+    reader = model.classifier if pooler is None else pooler
+    if any(key.endswith((".pooler.dense.weight", "classifier.dense.weight")) for key in missing):
+        with torch.no_grad():
+            torch.nn.init.eye_(reader.dense.weight)
+            torch.nn.init.zeros_(reader.dense.bias)
+    model.base_model.register_forward_pre_hook(keep, with_kwargs=True)
+    reader.register_forward_pre_hook(mean)
+    model.config.classifier_pooling = "mean"
+
+
+def _optimizer(model: Any, rate: float, head_rate: float) -> Any:  # noqa: ANN401
+    """The optimizer of transformers, with a learning rate for the encoder and another for what is not in it."""
+    import torch
+
+    pooler = getattr(model.base_model, "pooler", None)
+    of_head = {id(one) for one in (() if pooler is None else pooler.parameters())}
+    encoder = [one for one in model.base_model.parameters() if id(one) not in of_head]
+    kept = {id(one) for one in encoder}
+    head = [one for one in model.parameters() if id(one) not in kept]
+    return torch.optim.AdamW(
+        [{"params": encoder, "lr": rate}, {"params": head, "lr": rate * head_rate}], weight_decay=0.0
+    )
 
 
 def _by_length(version: str) -> dict[str, Any]:
@@ -431,11 +498,14 @@ def _check_entities(rows: Sequence[tuple[str, Sequence[Entity]]]) -> None:
             last = entity.end
 
 
-def _check_options(share: float, given: bool, max_tokens: int, batch_size: int) -> None:
+def _check_options(share: float, given: bool, options: _Options) -> None:
+    max_tokens, batch_size, rate = options.max_tokens, options.batch_size, options.rate
     for name, value, fine, expected in (
         ("held_out", share, given or 0 < share < 1, "a share between 0 and 1"),
         ("max_tokens", max_tokens, 8 <= max_tokens <= 512, "8 to 512"),
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ("head_rate", rate, 0 < rate <= 1000, "above 0, at most 1000"),
+        ("pooling", options.pooling, options.pooling in get_args(HeadPooling), "cls or mean"),
     ):
         if not fine:
             raise InvalidOptionError(name, expected=expected, found=str(value), remedy="Change it.")

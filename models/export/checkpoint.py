@@ -149,7 +149,7 @@ def read_checkpoint(
     ``TokenizerError`` for an unusable tokenizer. Weights are checked for presence and shape, not read.
     """
     check_folder(folder)
-    modules = read_modules(folder, pooling=pooling) if task == "embedding" else _plain(folder)
+    modules = read_modules(folder, pooling=pooling) if task == "embedding" else _plain(folder, task)
     config = effective_config(modules)
     if not any_architecture:
         check_supported(config)
@@ -192,8 +192,20 @@ def read_checkpoint(
     )
 
 
-def _plain(folder: Path) -> Modules:
-    return Modules(folder, Document(folder / "(none)", {}), "cls")
+def _plain(folder: Path, task: Task) -> Modules:
+    return Modules(folder, Document(folder / "(none)", {}), _head_pooling(folder, task))
+
+
+def _head_pooling(folder: Path, task: Task) -> Pooling:
+    """What the head of a sequence reads; ``classifier_pooling`` is ModernBERT's name, and ``adapt classify``'s."""
+    config = read_config(folder)
+    if task not in ("classification", "reranking") or "classifier_pooling" not in config.fields:
+        return "cls"
+    found = config.fields["classifier_pooling"]
+    pooling = next((one for one in HEAD_POOLINGS if one == found), None)
+    if pooling is None:
+        refuse(f"{config.path}: classifier_pooling", expected=" or ".join(HEAD_POOLINGS), found=repr(found))
+    return pooling
 
 
 def _task_head(
@@ -212,6 +224,7 @@ def _task_head(
     )
 
 
+HEAD_POOLINGS: tuple[Pooling, ...] = ("cls", "mean")
 _PAIRS: tuple[Task, ...] = ("classification", "reranking", "question-answering")
 
 

@@ -69,8 +69,8 @@ class GraphPlan:
 
     ``padding_id`` is ``None`` where positions are counted from 0 (BERT), and otherwise the token id that
     positions skip, counting from that id + 1 (RoBERTa). ``head`` names the activation of each Dense layer
-    after pooling, ``identity`` or ``tanh``. With a ``task_head`` there is no pooling. Without ``token_states``
-    the graph is narrow: see ``narrowed``.
+    after pooling, ``identity`` or ``tanh``. A ``task_head`` for sequences reads what ``pooling`` gives. Without
+    ``token_states`` the graph is narrow: see ``narrowed``.
     """
 
     architecture: Architecture
@@ -228,7 +228,10 @@ def _chosen_rows(plan: GraphPlan) -> str | None:
     """What the result is made of: "first" tokens, "masks", or ``None`` for all tokens."""
     if plan.task_head is None:
         return "first" if plan.pooling == "cls" else None
-    return {"logits": "first", "mask_logits": "masks"}.get(LOGITS[plan.task_head.task])
+    output = LOGITS[plan.task_head.task]
+    if output == "logits":
+        return "first" if plan.pooling == "cls" else None
+    return "masks" if output == "mask_logits" else None
 
 
 def narrow_names(plan: GraphPlan) -> frozenset[str]:
@@ -520,7 +523,7 @@ class _Encoder:
         if output == "logits":
             if narrow:
                 return states, ("rows",)
-            return write_pooling(graph, "cls", "token_states", "attention_mask"), ("rows",)
+            return write_pooling(graph, self.plan.pooling, "token_states", "attention_mask"), ("rows",)
         return states, ("rows", "tokens")
 
     def _head_output(self, head: TaskHead, state: str) -> str:

@@ -19,10 +19,10 @@ from qingyu.errors import CorruptFileError, InvalidOptionError, OutputError, Sto
 from qingyu.runtime.search.contract import Document, EmbeddedDocument, Filter, Scalar
 from qingyu.runtime.search.terms import Words, query_of
 
-__all__ = ["FILE", "Database", "Piece"]
+__all__ = ["FILE", "FORMATS", "Database", "Piece"]
 
 FILE = "documents.sqlite"
-FORMAT = "1"
+FORMATS = ("1", "2")  # the second: the graph is in parts, which versions that knew only the first cannot read
 APPLICATION = 0x71696E67  # "qing", so that `file` and we can tell it from other SQLite files
 
 SCHEMA = """
@@ -76,10 +76,10 @@ class Database:
             if self._connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
                 raise sqlite3.DatabaseError("another kind of SQLite file")
         found = self.fact("format")
-        if found != FORMAT:
+        if found not in FORMATS:
             raise StoreError(
                 f"{folder} was made by another version",
-                expected=f"format {FORMAT}",
+                expected=f"format {' or '.join(FORMATS)}",
                 found=f"format {found}",
                 remedy="Use the version of qingyu that made it, or build it anew.",
             )
@@ -94,7 +94,9 @@ class Database:
             connection = sqlite3.connect(temporary, isolation_level=None)
             try:
                 connection.executescript(f"BEGIN; PRAGMA application_id = {APPLICATION}; {SCHEMA}")
-                connection.executemany("INSERT INTO facts VALUES (?, ?)", {"format": FORMAT, **facts}.items())
+                connection.executemany(
+                    "INSERT INTO facts VALUES (?, ?)", {"format": FORMATS[0], **facts}.items()
+                )
                 connection.execute("COMMIT")
             finally:
                 connection.close()

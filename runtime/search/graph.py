@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from qingyu.errors import CorruptFileError, OutputError
 from qingyu.models.extras import require
-from qingyu.runtime.engine import Ids
+from qingyu.runtime.engine import Floats, Ids
 from qingyu.runtime.onnxruntime_engine import import_onnxruntime
 from qingyu.runtime.search.codes import Codes
 from qingyu.runtime.search.contract import Metric
@@ -27,7 +27,17 @@ from qingyu.runtime.search.contract import Metric
 if TYPE_CHECKING:
     from usearch.index import Index
 
-__all__ = ["EXACT", "SEARCH_WIDTH", "FileFacts", "Graph", "GraphShape", "damaged"]
+__all__ = [
+    "EXACT",
+    "SEARCH_WIDTH",
+    "FileFacts",
+    "Graph",
+    "GraphShape",
+    "Near",
+    "damaged",
+    "reading",
+    "replacing",
+]
 
 # A hundred thousand clustered vectors of 512 dimensions: a build width of 64 finds 0.996 of the ten nearest at a search
 # width of 64 (bench/search.py), so a wider build, which takes in proportion longer, is not worth its time.
@@ -53,11 +63,16 @@ class GraphShape:
     codes: Codes
     metric: Metric
 
+    @property
+    def by_direction(self) -> bool:
+        """Whether what is near depends on directions alone."""
+        return self.codes.scalar == "i8" or self.metric == "cosine"
+
     def index(self, **options: Any) -> Index:  # noqa: ANN401 - usearch's own
         """A usearch index of this shape."""
         return _index_class()(
             ndim=self.dim,
-            metric="cos" if self.codes.scalar == "i8" else KINDS[self.metric],
+            metric="cos" if self.by_direction else KINDS[self.metric],
             dtype=self.codes.scalar,
             connectivity=NEIGHBOURS,
             expansion_add=BUILD_WIDTH,
@@ -80,6 +95,13 @@ def _index_class() -> type[Index]:
     return kind
 
 
+class Near(NamedTuple):
+    """What is near, nearest first: keys int64 (n,), and the graph's distances float32 (n,)."""
+
+    keys: Ids
+    distances: Floats
+
+
 class Graph:
     """An HNSW graph, mapped (and then only searched) or in memory."""
 
@@ -95,14 +117,24 @@ class Graph:
     @classmethod
     def mapped(cls, shape: GraphShape, path: Path, size: int) -> Graph:
         """The graph of a file, which is mapped and not read; ``CorruptFileError`` unless it has ``size`` bytes."""
-        with _reading(path, size):
+        with reading(path, size):
             return cls(shape, shape.index(enable_key_lookups=False, path=path, view=True))
 
     @classmethod
     def loaded(cls, shape: GraphShape, path: Path, size: int) -> Graph:
         """The graph of a file, read into memory to be grown."""
-        with _reading(path, size):
+        with reading(path, size):
             return cls(shape, shape.index(path=path, view=False))
+
+    @classmethod
+    def within(cls, shape: GraphShape, data: memoryview, *, mapped: bool) -> Graph:
+        """The graph whose file's bytes these are; ``mapped`` is only searched, and reads them where they are."""
+        index = shape.index(enable_key_lookups=not mapped)
+        if mapped:
+            index.view(data)
+        else:
+            index.load(data)
+        return cls(shape, index)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -124,7 +156,7 @@ class Graph:
             return 0
         keys = self.keys()
         start = self._index.get(np.uint64(keys[-1]))
-        lost = np.setdiff1d(keys, self._found(start, len(self), width=len(self), exact=False))
+        lost = np.setdiff1d(keys, self._found(start, len(self), width=len(self), exact=False).keys)
         if len(lost):
             names = lost.astype(np.uint64)
             rows = np.stack(self._index.get(names))  # of bf16 it gives a tuple
@@ -137,37 +169,42 @@ class Graph:
 
         Exact among ``EXACT`` and fewer, and where so many are wanted that the search in the graph does not find them.
         """
-        if not len(self):
-            return np.empty(0, dtype=np.int64)
-        code, wanted = self._shape.codes.searched(row)[0], min(count, len(self))
-        keys = self._found(code, wanted, width=max(width, count), exact=len(self) <= EXACT)
-        return keys if len(keys) == wanted else self._found(code, wanted, width=width, exact=True)
+        return self.near(row, count, width=width, exact=len(self) <= EXACT).keys
 
-    def _found(self, code: Any, count: int, *, width: int, exact: bool) -> Ids:  # noqa: ANN401 - a row of codes
+    def near(self, row: Any, count: int, *, width: int, exact: bool = False) -> Near:  # noqa: ANN401
+        """The ``count`` nearest to one row of codes, or all; exact where the search in the graph finds fewer."""
+        if not len(self):
+            return Near(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
+        code, wanted = self._shape.codes.searched(row)[0], min(count, len(self))
+        found = self._found(code, wanted, width=max(width, count), exact=exact)
+        return found if len(found.keys) == wanted else self._found(code, wanted, width=width, exact=True)
+
+    def _found(self, code: Any, count: int, *, width: int, exact: bool) -> Near:  # noqa: ANN401 - a row of codes
         self._index.expansion_search = width
-        keys: Ids = self._index.search(code, count, exact=exact, threads=1).keys.astype(np.int64)
-        return keys
+        found = self._index.search(code, count, exact=exact, threads=1)
+        return Near(found.keys.astype(np.int64), found.distances)
 
     def keys(self) -> Ids:
         """All keys, ascending; of a graph in memory, for usearch has no list of them for a mapped one."""
         return np.sort(np.asarray(self._index.keys).astype(np.int64))  # one by one they take quadratic time
+
+    @property
+    def size(self) -> int:
+        """Bytes that its file has."""
+        size: int = self._index.serialized_length
+        return size
+
+    def data(self) -> bytes:
+        """The bytes of its file."""
+        data: bytes = self._index.save()
+        return data
 
     def save(self, path: Path) -> FileFacts:
         """Write the graph to a temporary name, and rename; it is on the disk when this returns.
 
         Raises ``OutputError`` and then leaves nothing.
         """
-        with writing(path), _temporary(path) as temporary:
-            wanted = self._index.serialized_length
-            self._index.save(temporary)
-            facts = FileFacts.of(temporary)
-            if facts.size != wanted:
-                raise OSError(f"{facts.size} of {wanted} bytes were written")
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-        return facts
+        return replacing(path, self.size, self._index.save)
 
 
 @dataclass(frozen=True)
@@ -187,14 +224,29 @@ class FileFacts:
         return cls(path.stat().st_size, digest.hexdigest())
 
 
+def replacing(path: Path, size: int, write: Callable[[Path], object]) -> FileFacts:
+    """Have a file of ``size`` bytes written to a temporary name, and rename it; ``OutputError`` leaves nothing."""
+    with writing(path), _temporary(path) as temporary:
+        write(temporary)
+        facts = FileFacts.of(temporary)
+        if facts.size != size:
+            raise OSError(f"{facts.size} of {size} bytes were written")
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    return facts
+
+
 @contextmanager
-def _reading(path: Path, size: int) -> Iterator[None]:
+def reading(path: Path, size: int) -> Iterator[None]:
+    """What goes wrong while reading a file of ``size`` bytes is ``CorruptFileError``, unless it is not there."""
     found = path.stat().st_size  # FileNotFoundError is the caller's: a writer may have replaced the file
     if found != size:
         damaged(path, f"{size} bytes", f"{found} bytes")
     try:
         yield
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, OSError) as error:
         damaged(path, "a graph of usearch", str(error) or type(error).__name__)
 
 

@@ -44,8 +44,9 @@ from qingyu.runtime.search.contract import (
     check_query,
     score,
 )
-from qingyu.runtime.search.database import FILE, Database, Piece
+from qingyu.runtime.search.database import FILE, FORMATS, Database, Piece
 from qingyu.runtime.search.graph import EXACT, SEARCH_WIDTH, FileFacts, Graph, GraphShape, damaged
+from qingyu.runtime.search.parts import CUT, PartedGraph, cut_graph, landmarks, loaded, mapped
 from qingyu.runtime.search.terms import terms_for
 
 __all__ = ["LocalStore"]
@@ -60,6 +61,8 @@ BATCH = 8192  # rows read from the database at once
 SPARE = 10  # candidates beyond k, for what exact scores put in another order
 REMOVED_SHARE = 0.3  # of the pieces ever stored: from here on a new graph is made without the removed ones
 MENDED = 200_000  # entries up to which what nothing links to is added again at every write
+GROWN = 2.0  # a graph in parts is cut anew when it has so many times the pieces that it was cut for
+GROWN_AT_END = 1.25  # the same where a build ends, which is the time to spend on searches
 WIDEST = 4096  # of a search in the graph, before all pieces are compared instead
 
 
@@ -76,7 +79,7 @@ class _View:
     """What is searched: the graph of one generation, and what came after it."""
 
     generation: int
-    graph: Graph | None
+    graph: Graph | PartedGraph | None
     tail: _Tail
 
 
@@ -129,7 +132,7 @@ class LocalStore:
                 remedy="Name another folder.",
             )
         own = {"precision": precision, "words": words, "generation": "0", "indexed_to": "0"}
-        own |= {"graph_entries": "0", "graph_bytes": "0", "graph_sha256": ""}
+        own |= {"graph_entries": "0", "graph_bytes": "0", "graph_sha256": "", "graph_cut_for": "0"}
         described = {
             "fingerprint": space.fingerprint,
             "query_fingerprint": space.query,
@@ -150,7 +153,7 @@ class LocalStore:
         self._pid = os.getpid()
         self._mutex = threading.RLock()
         self._closed = False
-        self._growing: Graph | None = None
+        self._growing: Graph | PartedGraph | None = None
         self._view: _View | None = None
         self._seen = -1
         self._tail_length = 0
@@ -352,11 +355,11 @@ class LocalStore:
             rows.append(new_rows)
         return _View(generation, graph, _Tail(np.concatenate(keys), np.concatenate(rows)))
 
-    def _mapped(self, facts: Mapping[str, str]) -> Graph | None:
+    def _mapped(self, facts: Mapping[str, str]) -> Graph | PartedGraph | None:
         generation = int(facts["generation"])
         if int(facts["graph_entries"]) == 0:
             return None
-        return Graph.mapped(self._shape, self._graph_path(generation), int(facts["graph_bytes"]))
+        return mapped(self._shape, self._graph_path(generation), int(facts["graph_bytes"]))
 
     def _stored(self, database: Database, after: int) -> Iterator[tuple[Ids, Any]]:
         """Keys and codes of the pieces with keys above ``after``, in batches."""
@@ -455,23 +458,45 @@ class LocalStore:
             self._fold(database)
 
     def _fold(self, database: Database, *, anew: bool = False, thorough: bool = False) -> None:
-        """Write a graph that has the tail in it, and make it the graph; ``thorough`` mends a large one, too."""
+        """Write a graph that has the tail in it, and make it the graph; ``thorough`` mends and cuts large ones, too."""
         facts = database.facts()
-        if anew or self._wasteful(database, facts):
+        anew = anew or self._wasteful(database, facts)
+        if anew:
             with database.changing():
                 database.rebuild_terms(self._words)
-            self._growing, after = Graph.empty(self._shape), 0
-        else:
-            after = int(facts["indexed_to"])
         try:
+            if anew or self._outgrown(database, facts, GROWN_AT_END if thorough else GROWN):
+                cut_for = self._cut_for(database)
+                self._growing, after = self._emptied(database, cut_for), 0
+            else:
+                cut_for, after = int(facts.get("graph_cut_for", 0)), int(facts["indexed_to"])
             graph, last = self._grown(database, facts, after)
             if last is not None or anew:
                 if thorough or len(graph) <= MENDED:
                     graph.reconnect()
-                self._publish(database, graph, int(facts["generation"]), last or 0)
+                self._publish(database, graph, int(facts["generation"]), last or 0, cut_for)
         except BaseException:
             self._growing = None  # it may hold what the file does not
             raise
+
+    def _outgrown(self, database: Database, facts: Mapping[str, str], times: float) -> bool:
+        """Whether the graph is to be in parts and is not, or was cut for far fewer pieces."""
+        wanted = self._cut_for(database)
+        return wanted > 0 and wanted >= times * int(facts.get("graph_cut_for", 0))
+
+    def _cut_for(self, database: Database) -> int:
+        """For how many pieces a graph is to be cut into parts; 0 where it is one."""
+        count = database.count("pieces") if self._shape.by_direction else 0
+        return count if count > CUT else 0
+
+    def _emptied(self, database: Database, cut_for: int) -> Graph | PartedGraph:
+        """A graph of nothing for all pieces."""
+        if not cut_for:
+            return Graph.empty(self._shape)
+        chosen = np.random.default_rng(0).choice(database.keys(), landmarks(cut_for), replace=False)
+        rows = [vector for _, vector in database.vectors_of(np.sort(chosen).tolist(), None)]
+        sample = self._codes.decode(self._codes.unpack(rows, self._space.dim))
+        return cut_graph(self._shape, sample, cut_for)
 
     def _wasteful(self, database: Database, facts: Mapping[str, str]) -> bool:
         """Whether much of the graph is of pieces that were removed."""
@@ -479,7 +504,9 @@ class LocalStore:
         removed = inside + self._tail_length - database.count("pieces")
         return inside > EXACT and removed > REMOVED_SHARE * inside
 
-    def _grown(self, database: Database, facts: Mapping[str, str], after: int) -> tuple[Graph, int | None]:
+    def _grown(
+        self, database: Database, facts: Mapping[str, str], after: int
+    ) -> tuple[Graph | PartedGraph, int | None]:
         """The graph in memory with all pieces above ``after``, and the last key, or ``None`` if there were none."""
         last = None
         for keys, rows in self._stored(database, after):
@@ -489,16 +516,18 @@ class LocalStore:
             last = int(keys[-1])
         return self._growing or Graph.empty(self._shape), last
 
-    def _loaded(self, facts: Mapping[str, str]) -> Graph:
+    def _loaded(self, facts: Mapping[str, str]) -> Graph | PartedGraph:
         if int(facts["graph_entries"]) == 0:
             return Graph.empty(self._shape)
         path = self._graph_path(int(facts["generation"]))
         try:
-            return Graph.loaded(self._shape, path, int(facts["graph_bytes"]))
+            return loaded(self._shape, path, int(facts["graph_bytes"]))
         except FileNotFoundError:
             _refuse_lost(self.folder)
 
-    def _publish(self, database: Database, graph: Graph, generation: int, last: int) -> None:
+    def _publish(
+        self, database: Database, graph: Graph | PartedGraph, generation: int, last: int, cut_for: int
+    ) -> None:
         path = self._graph_path(generation + 1)
         written = graph.save(path) if len(graph) else FileFacts(0, "")
         with database.changing():
@@ -509,6 +538,8 @@ class LocalStore:
                     "graph_entries": str(len(graph)),
                     "graph_bytes": str(written.size),
                     "graph_sha256": written.sha256,
+                    "graph_cut_for": str(cut_for),
+                    "format": FORMATS[cut_for > 0],
                 }
             )
         self._seen, self._tail_length = -1, 0
@@ -534,14 +565,14 @@ class LocalStore:
         found = FileFacts.of(path)
         if found != FileFacts(int(facts["graph_bytes"]), facts["graph_sha256"]):
             damaged(path, f"sha256 {facts['graph_sha256']}", f"sha256 {found.sha256}")
-        keys = Graph.loaded(self._shape, path, found.size).keys()
+        keys = loaded(self._shape, path, found.size).keys()
         indexed = np.array(database.keys(), dtype=np.int64)
         indexed = indexed[indexed <= int(facts["indexed_to"])]
         if len(np.unique(keys)) != len(keys) or not np.isin(indexed, keys).all():
             damaged(path, "every piece once", "pieces that are absent, or there twice")
 
 
-def _nearest_in(graph: Graph | None, row: Any, count: int, width: int) -> Ids:  # noqa: ANN401 - codes
+def _nearest_in(graph: Graph | PartedGraph | None, row: Any, count: int, width: int) -> Ids:  # noqa: ANN401 - codes
     return np.empty(0, dtype=np.int64) if graph is None else graph.nearest(row, count, width=width)
 
 

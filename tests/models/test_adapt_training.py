@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qingyu import Embedder
+from qingyu import Classifier, Embedder
 from qingyu.errors import (
     InputError,
     InvalidOptionError,
@@ -294,6 +294,39 @@ def test_a_classifier_learns_its_classes(tiny_checkpoint, tmp_path, freeze):
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["id2label"] == {"0": "正", "1": "负"}
     assert not list(trained.model.glob("*.bin"))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_classifier_on_the_mean_of_the_states_gives_what_it_was_trained_to(
+    tiny_checkpoint, tmp_path, freeze
+):
+    schedule = dataclasses.replace(QUICK, epochs=8, learning_rate=1e-3, evaluate_every=20)
+    learnt, kept = labelled(300), labelled(60, seed=9)
+    trained = classify(
+        tiny_checkpoint,
+        tmp_path / "run",
+        learnt,
+        held_out=kept,
+        freeze=freeze,
+        head_rate=5,
+        pooling="mean",
+        schedule=schedule,
+    )
+    assert trained.score is not None
+    assert trained.score > (0.6 if freeze else 0.95)
+    assert json.loads((trained.model / "config.json").read_text())["classifier_pooling"] == "mean"
+    export(trained.model, tmp_path / "model")
+    with Classifier.open(tmp_path / "model") as classifier:
+        found = [one.best.label for one in classifier.classify([row.text for row in kept])]
+    right = np.mean([label == row.label for label, row in zip(found, kept, strict=True)])
+    assert right == pytest.approx(trained.score, abs=0.02)
+
+
+def test_what_a_head_reads_and_learns_by_is_checked(tiny_checkpoint, tmp_path):
+    for wrong in ({"pooling": "max"}, {"head_rate": -1.0}, {"head_rate": 2000.0}):
+        with pytest.raises(InvalidOptionError, match=next(iter(wrong))):
+            classify(tiny_checkpoint, tmp_path / "run", labelled(50), **wrong)
+    assert not (tmp_path / "run").exists()
 
 
 def tagged(count, seed=0):

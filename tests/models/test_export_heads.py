@@ -9,7 +9,7 @@ import pytest
 
 from qingyu.errors import CheckpointError, InvalidOptionError
 from qingyu.models.export import export
-from qingyu.models.export.graph import read_plan, read_weights
+from qingyu.models.export.graph import narrowed, read_plan, read_weights
 from qingyu.models.export.heads import TaskHead, head_shapes, task_of_architecture
 from qingyu.runtime.engine import TokenBatch
 from qingyu.runtime.onnxruntime_engine import OnnxRuntimeEngine
@@ -134,6 +134,43 @@ def test_states_are_chosen_before_the_head(head_model):
     assert (
         order["mask_positions"] < order["task_head.dense.weight"] < order["embeddings.word_embeddings.bias"]
     )
+
+
+def mean_logits(network, arguments):
+    """What transformers' own layers make of the mean of the states that are no padding."""
+    states = network.base_model(**arguments)[0]
+    weights = arguments["attention_mask"].unsqueeze(-1).float()
+    mean = ((states * weights).sum(1) / weights.sum(1)).unsqueeze(1)
+    pooler = getattr(network.base_model, "pooler", None)
+    return network.classifier(mean if pooler is None else pooler(mean))
+
+
+@pytest.mark.parametrize("kind", sorted(PREFIX))
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_head_on_the_mean_of_the_states(transformers, torch, tmp_path, kind, labels):
+    network = random_network(transformers, torch, kind, "classification", num_labels=labels)
+    network.config.classifier_pooling = "mean"
+    spec = export(saved(network, tmp_path / "checkpoint"), tmp_path / "model")
+    assert spec.pooling == "mean"
+    plan = read_plan(tmp_path / "model" / "model.onnx")
+    assert narrowed(plan) == plan
+    given = batch()
+    arguments = {"input_ids": torch.tensor(given.ids), "attention_mask": torch.tensor(given.mask)}
+    if "token_type_ids" in spec.inputs:
+        arguments["token_type_ids"] = torch.tensor(given.types)
+    with torch.no_grad():
+        expected = mean_logits(network, arguments).numpy()
+        first = network(**arguments).logits.numpy()
+    with OnnxRuntimeEngine(tmp_path / "model", spec, threads=1) as engine:
+        found = engine.run(given, spec.outputs[1:2])[0]
+    assert np.abs(found - expected).max() < 1e-5
+    assert np.abs(found - first).max() > 1e-3  # a hundred times what it may differ by
+
+
+def test_a_pooling_that_heads_do_not_have_is_refused(head_checkpoint, tmp_path):
+    checkpoint = head_checkpoint("classification", classifier_pooling="max")
+    with pytest.raises(CheckpointError, match=r"classifier_pooling.*cls or mean.*max"):
+        export(checkpoint, tmp_path / "model")
 
 
 @pytest.mark.parametrize("task", ["fill-mask", "classification", "tagging", "question-answering"])

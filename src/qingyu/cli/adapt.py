@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,14 @@ def add(commands: Any) -> None:  # noqa: ANN401 - argparse's private sub-parsers
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_distil(kinds)
     _add_contrast(kinds)
-    _add_head(kinds, "classify", "train a text classifier", "columns text, label", _classify)
+    classifier = _add_head(kinds, "classify", "train a text classifier", "columns text, label", _classify)
+    classifier.add_argument(
+        "--pooling",
+        choices=("cls", "mean"),
+        default="cls",
+        help="what the head reads: the first token's state, or the mean of all, for encoders that were trained with "
+        "it, as E5; transformers' own classes do not know of the latter (default: %(default)s)",
+    )
     tagger = _add_head(kinds, "tag", "train a tagger of entities", TAGGED_FORMAT, _tag)
     tagger.add_argument(
         "--overlaps",
@@ -176,6 +184,12 @@ def _add_head(
         "--held-out-texts", metavar="FILE", help="to evaluate on (default: a tenth of the texts)"
     )
     parser.add_argument("--freeze", action="store_true", help="train the head alone")
+    parser.add_argument(
+        "--head-rate",
+        type=float,
+        metavar="X",
+        help="times the learning rate for the head (default: 1, with --freeze 20)",
+    )
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows (default: %(default)s)")
     _add_schedule(parser)
@@ -274,7 +288,8 @@ def _classify(options: argparse.Namespace) -> int:
     from qingyu.models.adapt import classify
 
     held_out = 0.1 if options.held_out_texts is None else list(_labelled(options.held_out_texts))
-    return _say(_head(classify, options, list(_labelled(options.texts)), held_out), options)
+    work = partial(classify, pooling=options.pooling)
+    return _say(_head(work, options, list(_labelled(options.texts)), held_out), options)
 
 
 def _tag(options: argparse.Namespace) -> int:
@@ -302,6 +317,7 @@ def _head(work: Any, options: argparse.Namespace, texts: Any, held_out: Any) -> 
         texts,
         held_out=held_out,
         freeze=options.freeze,
+        head_rate=options.head_rate,
         max_tokens=options.max_tokens,
         batch_size=options.batch_size,
         schedule=_schedule(options, "head"),

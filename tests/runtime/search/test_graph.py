@@ -7,7 +7,7 @@ import pytest
 
 from qingyu.runtime.search import graph as graph_module
 from qingyu.runtime.search.codes import CODES
-from qingyu.runtime.search.graph import Graph, GraphShape
+from qingyu.runtime.search.graph import Graph, GraphShape, Near
 
 # Not importorskip: usearch must not be imported before onnxruntime.
 pytestmark = pytest.mark.skipif(find_spec("usearch") is None, reason="needs the extra search")
@@ -59,7 +59,7 @@ def test_a_search_that_the_graph_does_not_lead_far_enough_compares_with_all(shap
     def blind(self, code, count, *, width, exact):
         exactly.append(exact)
         found = whole(self, code, count, width=width, exact=exact)
-        return found if exact else found[:-1]
+        return found if exact else Near(found.keys[:-1], found.distances[:-1])
 
     monkeypatch.setattr(Graph, "_found", blind)
     found = graph.nearest(row, 20)
@@ -74,7 +74,9 @@ def test_what_nothing_leads_to_is_added_again_with_its_own_vector(shape, monkeyp
     lost, whole = keys[[3, 999, 2500]], Graph._found
 
     def blind(self, code, count, *, width, exact):
-        return np.setdiff1d(whole(self, code, count, width=width, exact=exact), lost)
+        found = whole(self, code, count, width=width, exact=exact)
+        kept = ~np.isin(found.keys, lost)
+        return Near(found.keys[kept], found.distances[kept])
 
     with monkeypatch.context() as patched:
         patched.setattr(Graph, "_found", blind)
