@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qingyu.bench import reliability_server  # noqa: F401 - registers its rows
+from qingyu.bench.machine import machine
 from qingyu.bench.reliability_rows import ROWS, Found, Row, Setting
 from qingyu.bench.threats import THREATS, Threat
 from qingyu.errors import QingyuError
@@ -38,7 +39,7 @@ PACKAGES = ("qingyu", "onnxruntime", "tokenizers", "numpy")
 
 
 def run_row(row: Row, setting: Setting) -> dict[str, Any]:
-    """One row's result as JSON: the figure, whether the bar is met, facts, versions and the date."""
+    """One row's result as JSON: the figure, whether the bar is met, facts, CPU, versions and the date."""
     start = time.monotonic()
     try:
         found = row.run(setting)
@@ -55,8 +56,15 @@ def run_row(row: Row, setting: Setting) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
+        "cpu": _cpu(),
         "facts": _without_places(found.facts, setting),
     }
+
+
+def _cpu() -> str:
+    """The CPU's name, and the last of its instruction sets for integer kernels."""
+    facts = machine()
+    return ", ".join([str(facts["cpu"]), *list(facts["flags"])[-1:]])  # type: ignore[call-overload]
 
 
 def _without_places(facts: Any, setting: Setting) -> Any:  # noqa: ANN401 - JSON
@@ -69,7 +77,7 @@ def _without_places(facts: Any, setting: Setting) -> Any:  # noqa: ANN401 - JSON
 def page(results: Mapping[str, Any]) -> str:
     """reliability.md from the results by row, and the threats."""
     lines = [HEAD]
-    lines += ["| # | promise | figure | bar | met | date |", "|---|---|---|---|---|---|"]
+    lines += ["| # | promise | figure | bar | met | date | CPU |", "|---|---|---|---|---|---|---|"]
     for number in range(1, 25):
         lines.append(_scorecard_line(number, results.get(str(number))))
     met = [results[key]["met"] for key in results]
@@ -94,13 +102,14 @@ def page(results: Mapping[str, Any]) -> str:
 def _scorecard_line(number: int, result: Mapping[str, Any] | None) -> str:
     row = ROWS[number]
     if result is None:
-        return f"| {number} | {row.promise} | not run yet | {row.bar} | not tried | |"
+        return f"| {number} | {row.promise} | not run yet | {row.bar} | not tried | | |"
     met = {True: "yes", False: "**no**", None: "not tried"}[result["met"]]
+    cpu = result.get("cpu", "not kept")
     quick = " (quick)" if result["quick"] else ""
     if result.get("load_average", 0.0) > BUSY and number in TIMED:
         priority = ", this at raised priority" if result["nice"] < 0 else ""
         quick += f" (others kept the machine busy: load {result['load_average']:.0f}{priority})"
-    return f"| {number} | {row.promise} | {result['figure']}{quick} | {row.bar} | {met} | {result['date']} |"
+    return f"| {number} | {row.promise} | {result['figure']}{quick} | {row.bar} | {met} | {result['date']} | {cpu} |"
 
 
 def _cover(threat: Threat) -> str:
@@ -119,10 +128,12 @@ python -m qingyu.bench.reliability --out docs
 ```
 
 It runs for about an hour in a checkout, as root and with strace installed for all rows. `--rows 8 12` runs some,
-`--quick` tries less of the long ones. Figures are from a virtual machine with two cores of an AMD EPYC (Zen 5,
-AVX512-VNNI) that others used, too, so times are no better than a factor of two; Debian 12, Python 3.11. Facts and
-versions of each row are in [reliability.json](reliability.json). The model is qingyu-mini-zh with an edge file where
-no other is named.
+`--quick` tries less of the long ones. Figures are from virtual machines with two cores that others used, too, so times
+are no better than a factor of two; Debian 12, Python 3.11. The last column is the CPU: "AMD EPYC, avx2" is one of Zen 3
+without AVX-512, so without VNNI, where an edge file is not used but the graph beside it ([cpus.md](cpus.md)); rows that
+say "not kept" were measured on CPUs with AVX512-VNNI (AMD EPYC of Zen 5, or Intel Xeon), before the CPU was kept for
+each row. Facts and versions of each row are in [reliability.json](reliability.json). The model is qingyu-mini-zh with
+an edge file where no other is named.
 """
 
 MIDDLE = """

@@ -44,6 +44,8 @@ SERVERLESS = "tests/runtime/test_serverless.py"
 WIRE = "tests/runtime/test_wire.py"
 SERVER = "tests/runtime/serve/test_process.py"
 CLIENTS = "tests/runtime/serve/test_bad_clients.py"
+PROTOCOL = "tests/runtime/serve/test_protocol.py"
+THREADS = "tests/runtime/test_threads.py"
 OPENAPI = "tests/runtime/serve/test_openapi.py"
 ROUTES = "tests/runtime/serve/test_routes.py"
 SANDBOX = "tests/bench/test_sandbox.py"
@@ -484,17 +486,23 @@ THREATS = (
         "C15",
         PROCESS,
         "too few open files or threads",
-        (f"{HOSTILE}::test_no_more_open_files_are_one_of_our_errors",),
-        (),
-        "a limit of threads was not tried: it does not bind root",
+        (
+            f"{HOSTILE}::test_no_more_open_files_are_one_of_our_errors",
+            f"{THREADS}::test_the_limit_of_the_system_is_the_same_error",
+            f"{THREADS}::test_asynchronous_calls_are_each_told_and_none_waits_for_ever",
+            f"{SERVER}::test_without_threads_requests_are_503_and_the_process_goes_on",
+        ),
     ),
     Threat(
         "C16",
         PROCESS,
         "a clock that jumps",
-        (f"{HOSTILE}::test_nothing_in_the_runtime_reads_the_clock_on_the_wall",),
+        (
+            f"{HOSTILE}::test_nothing_in_the_runtime_reads_the_clock_on_the_wall",
+            f"{SERVER}::test_a_clock_that_is_set_by_hours_ends_no_wait",
+        ),
         (),
-        "no jump was made: nothing of the runtime reads that clock",
+        "jumps are imitated in Python: the system's own clock was not set",
     ),
     Threat(
         "C17",
@@ -575,6 +583,8 @@ THREATS = (
         (
             f"{CLIENTS}::test_slow_senders_hold_nobody_up_and_are_closed",
             f"{CLIENTS}::test_a_client_that_never_reads_is_closed",
+            f"{PROTOCOL}::test_a_client_that_does_not_read_is_given_little_and_then_everything_in_order",
+            f"{PROTOCOL}::test_a_client_that_reads_slowly_is_kept_and_one_that_does_not_is_not",
             f"{CLIENTS}::test_what_does_not_arrive_in_time_is_408_and_closed",
         ),
         (18,),
@@ -627,9 +637,15 @@ THREATS = (
         "D9",
         HTTP,
         "kept connections that end as a request comes",
+        (
+            f"{PROTOCOL}::test_a_request_that_has_come_when_the_connection_is_to_end_is_answered",
+            f"{PROTOCOL}::test_a_request_that_comes_too_late_finds_an_end_and_no_reset",
+            f"{PROTOCOL}::test_an_idle_connection_is_ended",
+        ),
         (),
-        (),
-        "not tried: connections are kept for 75 s, which is longer than the usual 60 s of load balancers",
+        "a request that is under way in the network when the connection ends is not answered, as HTTP/1.1 has it: its "
+        "client finds an end without an answer; connections are kept for 75 s, longer than the usual 60 s of load "
+        "balancers",
     ),
     Threat(
         "D10",
@@ -655,6 +671,8 @@ THREATS = (
             f"{CLIENTS}::test_what_is_not_http_is_400_and_closed",
             f"{CLIENTS}::test_headers_of_64_kilobytes_are_431_and_closed",
             f"{CLIENTS}::test_requests_behind_each_other_are_answered_in_order",
+            f"{PROTOCOL}::test_while_one_is_answered_one_request_waits_and_the_rest_is_not_parsed",
+            f"{PROTOCOL}::test_bodies_are_whole_however_they_are_cut",
         ),
         (18,),
     ),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import Literal, TypeVar
@@ -21,6 +20,7 @@ from qingyu.runtime.scheduler import Lane, Scheduler, Timing
 from qingyu.runtime.scripts import Script
 from qingyu.runtime.spec import ModelSpec
 from qingyu.runtime.task import Report, listed
+from qingyu.runtime.threads import Pool, in_thread, in_thread_or_here
 from qingyu.runtime.vectors import cosine
 
 __all__ = ["AsyncEmbedder", "Preparer"]
@@ -36,7 +36,7 @@ class Preparer:
     """Tokenizes what is long in a thread of its own, and what is short at once, so that an event loop never waits."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="qingyu-prepare")
+        self._thread = Pool(1, thread_name_prefix="qingyu-prepare")
 
     async def __call__(self, characters: int, prepare: Callable[[], T]) -> T:
         """What ``prepare`` gives for texts of so many ``characters``."""
@@ -122,7 +122,7 @@ class AsyncEmbedder:
                 raise
             return own
 
-        return await asyncio.get_running_loop().run_in_executor(None, opened)
+        return await in_thread(opened)
 
     @property
     def spec(self) -> ModelSpec:
@@ -181,7 +181,7 @@ class AsyncEmbedder:
         """Wait for what runs, fail what waits with ``ClosedError``, and free the graph. May be called twice."""
         self._prepare.close()
         await self._scheduler.close()
-        await asyncio.get_running_loop().run_in_executor(None, self._embedder.close)
+        await in_thread_or_here(self._embedder.close)
 
     async def __aenter__(self) -> AsyncEmbedder:
         return self

@@ -26,7 +26,9 @@ from qingyu.runtime.memory import LAST_WINDOW
 from qingyu.runtime.tokenizer import EncodedText
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import Future
+
+    from qingyu.runtime.threads import Pool
 
 __all__ = ["Batcher", "ItemBatcher", "Prepared", "Sequenced", "Workers", "micro_batches", "windows"]
 
@@ -115,7 +117,7 @@ class Workers:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(self.count)
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Pool | None = None
 
     def _own(self) -> None:
         if self._pid != os.getpid():
@@ -126,13 +128,13 @@ class Workers:
             )
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Run ``job`` in a worker thread."""
+        """Run ``job`` in a worker thread; raises ``ThreadLimitError`` if there is none and none can be started."""
         self._own()
         with self._lock:
             if self._pool is None:
-                from concurrent.futures import ThreadPoolExecutor  # with logging; a lone text needs no pool
+                from qingyu.runtime.threads import Pool  # with logging; a lone text needs no pool
 
-                self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="qingyu")
+                self._pool = Pool(self.count, thread_name_prefix="qingyu")
             return self._pool.submit(self._limited, job)
 
     def run_here(self, job: Callable[[], T]) -> T:

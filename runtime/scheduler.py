@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from qingyu.errors import ClosedError, InvalidOptionError, OverloadedError
+from qingyu.errors import ClosedError, InvalidOptionError, OverloadedError, QingyuError
 from qingyu.runtime.batching import Prepared, Sequenced, Workers
+from qingyu.runtime.threads import in_thread_or_here
 
 __all__ = ["Batch", "Lane", "Scheduler", "Timing"]
 
@@ -325,7 +326,7 @@ class Scheduler:
                 for row in rows:
                     if not row.call.future.done():
                         row.call.future.set_exception(_closed_error())
-        await asyncio.get_running_loop().run_in_executor(None, self._workers.close)
+        await in_thread_or_here(self._workers.close)
 
     def _own_loop(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.get_running_loop()
@@ -397,8 +398,17 @@ class Scheduler:
                 self._unstarted -= 1
         self._running += 1
         lane.running += sum(row.tokens for row in rows)
-        job = self._workers.submit(partial(_timed, lane.run, [row.item for row in rows]))
+        job = self._submitted(partial(_timed, lane.run, [row.item for row in rows]))
         job.add_done_callback(partial(self._tell, lane, rows))
+
+    def _submitted(self, run: Callable[[], Any]) -> Future[Any]:
+        """The job under way, or one that has failed: without a thread its calls are told so, and others go on."""
+        try:
+            return self._workers.submit(run)
+        except QingyuError as error:
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
 
     def _tell(self, lane: Lane, rows: list[_Row], job: Future[Any]) -> None:
         """Of a worker's end, in its thread."""

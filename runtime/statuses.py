@@ -15,6 +15,7 @@ from qingyu.errors import (
     OverloadedError,
     QingyuError,
     TextTooLongError,
+    ThreadLimitError,
 )
 from qingyu.runtime.wire import JSON_TYPE, RefusedError, Reply
 
@@ -55,6 +56,7 @@ STATUSES: Mapping[str, Status] = {
     "not_ready": Status(503, "models are being loaded and checked", retry=True),
     "draining": Status(503, "the server is about to end", retry=True),
     "out_of_memory": Status(503, "memory ran out; a smaller request may succeed", retry=True),
+    "out_of_threads": Status(503, "the system gives the server no more threads", retry=True),
     "too_many_connections": Status(503, "more connections than --max-connections allows", retry=True),
 }
 
@@ -65,6 +67,7 @@ OF_ERRORS: tuple[tuple[type[QingyuError], str], ...] = (
     (InputError, "invalid_request"),
     (OverloadedError, "overloaded"),
     (MemoryBudgetError, "out_of_memory"),
+    (ThreadLimitError, "out_of_threads"),
     (ClosedError, "draining"),
     (QingyuError, "model_failed"),
 )

@@ -2,16 +2,22 @@
 
 A client that is refused here is told why in the usual form, then its bytes are thrown away for a while before the
 connection is closed: closed at once, the operating system might throw the answer away before it is read.
+
+Requests behind each other ("pipelining") are parsed one ahead of the one that is answered, and none is begun while the
+answers before it wait for a client that does not read: what a connection keeps is one request that waits, one answer,
+and what one read of the socket brought.
 """
 
 from __future__ import annotations
 
 import asyncio
+import selectors
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from qingyu.runtime.statuses import reply_of
@@ -21,6 +27,7 @@ __all__ = ["Gate", "LimitedProtocol"]
 
 HEADER_BYTES = 32_768
 LINGER_SECONDS = 2.0
+UNSENT_BYTES = 16_384  # of answers; above that the client has to read before its next request is begun
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,20 @@ class Gate:
     refused: Callable[[str], None]
 
 
+class _Flow(FlowControl):
+    """uvicorn's flow control, by which reading stays paused while it is ``held``.
+
+    Every application that asks for its body resumes reading, also for requests that are far behind.
+    """
+
+    held = False
+
+    def resume_reading(self) -> None:
+        """Read on, unless it is held."""
+        if not self.held:
+            super().resume_reading()
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. Its application is an ``App`` with a ``gate``."""
 
@@ -46,15 +67,22 @@ class LimitedProtocol(HttpToolsProtocol):
         self._answering: RequestResponseCycle | None = None  # not ``cycle`` while others wait behind it
         self._head_bytes = 0
         self._body_bytes = 0
+        self._body_left = 0  # of a declared length
         self._own: RequestResponseCycle | None = None  # of the request that is arriving
         self._in_head = False
         self._lingering = False
+        self._unparsed = bytearray()
+        self._unread = False  # the last answer waits for the client to read
+        self._answers = 0
+        self._reading: asyncio.TimerHandle | None = None
 
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take the connection, or refuse it if there are too many."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=UNSENT_BYTES)
+        self.flow: _Flow = _Flow(transport)
         if len(self.connections) > self.gate.max_connections:
             self._refuse("too_many_connections", "too many connections")
             return
@@ -67,14 +95,22 @@ class LimitedProtocol(HttpToolsProtocol):
         """Parse, within the limits."""
         if self._lingering:
             return
-        super().data_received(data)
-        if self._in_head and not self._lingering:
-            self._head_bytes += len(data)
-            self._check_head()
+        self._unparsed += data
+        self._parse()
+
+    def resume_writing(self) -> None:
+        """The client has read: go on with what it asked for next."""
+        super().resume_writing()
+        if self._unread:
+            self._go_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection; nobody waits for what it asked for."""
         self._set_deadline(None)
+        self._unread = False
+        self._unparsed.clear()
+        if self._reading is not None:
+            self._reading.cancel()
         if self._answering is not None and not self._answering.response_complete:
             self._answering.disconnected = True
             self._answering.message_event.set()
@@ -123,7 +159,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse("bad_request", "expected one of Content-Length and Transfer-Encoding, found both")
             return
         declared = next((value for name, value in self.headers if name == b"content-length"), b"0")
-        if int(declared or b"0") > self.gate.max_body:  # digits only: the parser has seen to that
+        self._body_left = int(declared or b"0")  # digits only: the parser has seen to that
+        if self._body_left > self.gate.max_body:
             self._refuse("body_too_large", f"expected a body of at most {self.gate.max_body} bytes")
             return
         try:
@@ -138,6 +175,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._lingering:
             return
         self._body_bytes += len(body)
+        self._body_left = max(0, self._body_left - len(body))
         if self._body_bytes > self.gate.max_body:
             self._refuse("body_too_large", f"expected a body of at most {self.gate.max_body} bytes")
             return
@@ -171,21 +209,67 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer was handed to the operating system, or waits for a client that does not read."""
+        self._answers += 1
+        self._expect_reading()
+        self._unread = self.flow.write_paused
+        if not self._unread:
+            self._go_on()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, but not in the face of a request that has come and was not read yet.
+
+        One that is still under way finds the connection ended, not reset: its client knows that nobody has seen it.
+        """
+        if self.transport.is_closing() or self._lingering or _readable(self.transport):
+            return
+        self._linger()
+
+    def _go_on(self) -> None:
+        """Begin the next request, or wait for one."""
+        self._unread = self.flow.held = False
         super().on_response_complete()
-        if self.transport.get_write_buffer_size() > 0:
-            self._expect_reading(self.transport.get_write_buffer_size())
+        self._parse()
 
-    def _expect_reading(self, before: int) -> None:
-        """Close the connection of a client that reads nothing for a while."""
+    def _parse(self) -> None:
+        """Parse what has arrived, piece by piece, until a whole request waits for the answers before it."""
+        while self._unparsed and not self._full() and not self._lingering and not self.transport.is_closing():
+            size = self._piece()
+            piece = bytes(self._unparsed[:size])
+            del self._unparsed[:size]
+            super().data_received(piece)
+            if self._in_head and not self._lingering:
+                self._head_bytes += size
+                self._check_head()
+        self.flow.held = bool(self._unparsed)
+        if self.flow.held:
+            self.flow.pause_reading()
 
-        def check() -> None:
-            left = self.transport.get_write_buffer_size()
-            if left >= before > 0:
-                self.transport.abort()
-            elif left > 0:
-                self._expect_reading(left)
+    def _full(self) -> bool:
+        """Whether to parse nothing more: the client has to read first, or a whole request waits."""
+        return self._unread or (bool(self.pipeline) and not self.cycle.more_body)
 
-        self.loop.call_later(self.gate.write_seconds, check)
+    def _piece(self) -> int:
+        """How many bytes reach to the end of these headers, of this body, or of these chunks."""
+        if self._body_left and not self._in_head:
+            return self._body_left
+        end = self._unparsed.find(b"\r\n\r\n")
+        return len(self._unparsed) if end < 0 else end + 4
+
+    def _expect_reading(self) -> None:
+        """Close the connection if its client reads nothing for a while."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and self._reading is None:
+            self._reading = self.loop.call_later(
+                self.gate.write_seconds, self._check_reading, unsent, self._answers
+            )
+
+    def _check_reading(self, unsent: int, answers: int) -> None:
+        self._reading = None
+        # With another answer in between as much may be unsent, although the client reads.
+        if self.transport.get_write_buffer_size() >= unsent and answers == self._answers:
+            self.transport.abort()
+        else:
+            self._expect_reading()
 
     def _check_head(self) -> bool:
         if self._head_bytes <= HEADER_BYTES:
@@ -199,6 +283,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._deadline = None if seconds is None else self.loop.call_later(seconds, self._late)
 
     def _late(self) -> None:
+        if self.flow.read_paused:  # by us: it may have come long ago
+            self._set_deadline(self.gate.body_seconds)
+            return
         what = "headers" if self._in_head else "the body"
         self._refuse("request_timeout", f"{what} took too long to arrive")
 
@@ -207,6 +294,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._lingering = True
         self._set_deadline(None)
         self._unset_keepalive_if_required()
+        self._unparsed.clear()
+        self.flow.held = False
         self.gate.refused(code)
         own = self._own
         earlier = self.pipeline or (self.cycle is not own and self.cycle and not self.cycle.response_complete)
@@ -220,10 +309,22 @@ class LimitedProtocol(HttpToolsProtocol):
             if self._task is not None:
                 self._task.cancel()
             self.transport.write(_response(code, message))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Say that nothing more will come, and throw away what does before closing."""
+        self._lingering = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+
+def _readable(transport: asyncio.Transport) -> bool:
+    """Whether bytes, or an end, have arrived that the loop has not read."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(transport.get_extra_info("socket").fileno(), selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 def _response(code: str, message: str) -> bytes:

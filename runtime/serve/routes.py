@@ -417,6 +417,7 @@ RUNNING = (
     "overloaded",
     "model_failed",
     "out_of_memory",
+    "out_of_threads",
     "not_ready",
     "draining",
 )

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from qingyu.errors import QingyuError
@@ -24,6 +25,7 @@ from qingyu.runtime.sequences import SequenceModel
 from qingyu.runtime.serve.telemetry import Telemetry
 from qingyu.runtime.spec import Task
 from qingyu.runtime.task import OpenOptions, TaskModel, find_model, open_model
+from qingyu.runtime.threads import in_thread, in_thread_or_here
 from qingyu.runtime.token_classifier import TokenClassifier
 from qingyu.runtime.wire import RefusedError, no_model
 
@@ -137,10 +139,9 @@ class Service:
 
     async def open(self) -> None:
         """Open every model; raises what opening one raises."""
-        loop = asyncio.get_running_loop()
         opened = []
         for name, source in self.configuration.models.items():
-            opened.append((name, await loop.run_in_executor(None, self._opened, source)))
+            opened.append((name, await in_thread(partial(self._opened, source))))
         slots = min(model.plan.workers for _, model in opened)
         scheduler = Scheduler(
             slots,
@@ -150,7 +151,7 @@ class Service:
             on_batch=self.telemetry.batch,
         )
         for name, model in opened:
-            served = await loop.run_in_executor(None, _warm, name, model)
+            served = await in_thread(partial(_warm, name, model))
             served.join(scheduler)
             self._served[name] = served
         self.scheduler = scheduler
@@ -166,7 +167,7 @@ class Service:
         if self.scheduler is not None:
             await self.scheduler.close()
         for served in self.models:
-            await asyncio.get_running_loop().run_in_executor(None, served.model.close)
+            await in_thread_or_here(served.model.close)
         self._served.clear()
         await asyncio.gather(*self._closing)
 
@@ -229,15 +230,14 @@ class Service:
         return model
 
     async def _replace(self, name: str) -> Reloaded:
-        loop = asyncio.get_running_loop()
         assert self.scheduler is not None
         old = self._served[name]
         try:
             model = await self._reopened(self.configuration.models[name])
             if model.spec.task != old.task:
-                await loop.run_in_executor(None, model.close)
+                await in_thread_or_here(model.close)
                 return Reloaded(name, changed=False, error=_another_task(name, old.task, model.spec.task))
-            new = await loop.run_in_executor(None, _warm, name, model)
+            new = await in_thread(partial(_warm, name, model))
         except QingyuError as error:
             return Reloaded(name, changed=False, error=error)
         new.join(self.scheduler)
@@ -247,15 +247,14 @@ class Service:
         return Reloaded(name, changed=new.fingerprint() != old.fingerprint())
 
     async def _reopened(self, source: str) -> TaskModel:
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(None, self._opened, source)
+            return await in_thread(partial(self._opened, source))
         except QingyuError:
             await asyncio.sleep(REPLACED_SECONDS)  # the folder may have been replaced in between
-            return await loop.run_in_executor(None, self._opened, source)
+            return await in_thread(partial(self._opened, source))
 
     async def _freed(self, served: Served) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, served.model.close)
+        await in_thread_or_here(served.model.close)
         self.on_freed(served.name)
 
     def _free_if_unused(self, served: Served) -> None:

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import GaugeMetricFamily
 
 from qingyu.runtime.scheduler import Batch
+from qingyu.runtime.threads import start
 
 if TYPE_CHECKING:
     from qingyu.runtime.serve.service import Service
@@ -42,7 +43,7 @@ class Log:
         self._stream = sys.stderr if stream is None else stream
         self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
         self._thread = threading.Thread(target=self._write, name="qingyu-log", daemon=True)
-        self._thread.start()
+        start(self._thread)
 
     def __call__(self, event: str, *, level: str = "info", **facts: object) -> None:
         """One line. Control characters and line ends in a fact are escaped; facts that are ``None`` are left out."""

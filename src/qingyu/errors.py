@@ -21,6 +21,7 @@
     │   ├── UnsafeFolderError      somebody else can write where models are kept
     │   ├── KernelError            this machine computes wrong vectors with this model
     │   ├── OverloadedError        more work waits than can be done in time
+    │   ├── ThreadLimitError       the system gives the process no more threads
     │   ├── ListenError            an address that a server cannot listen at
     │   └── ClosedError            used after ``close()``
     ├── ModelError             whoever made the model folder or the checkpoint
@@ -68,6 +69,7 @@ __all__ = [
     "SourceError",
     "StoreError",
     "TextTooLongError",
+    "ThreadLimitError",
     "TokenizerError",
     "TruncationWarning",
     "UnknownTokenWarning",
@@ -182,6 +184,10 @@ class KernelError(OperatorError):
 
 class OverloadedError(OperatorError):
     """More work waits than can be done in the time allowed; later, the same call may succeed."""
+
+
+class ThreadLimitError(OperatorError):
+    """The system gives this process no more threads."""
 
 
 class ListenError(OperatorError):

@@ -26,7 +26,8 @@ for package in ("uvicorn", "httptools", "orjson", "prometheus_client"):
 SECONDS = 60.0
 
 # ``qingyu serve`` with models that take SLOW seconds for each micro-batch, or as long as there is no file GATE, and
-# SLOW_START to open.
+# SLOW_START to open; on a system that gives no more threads while there is a file NO_THREADS, and whose clock is set
+# by an hour and more, back and forth, whenever somebody reads it, with JUMPING_CLOCK.
 SLOW = """
 import os, sys, time
 from qingyu.__main__ import main
@@ -57,6 +58,23 @@ if "SLOW_START" in os.environ:
         load(self)
 
     task.TaskModel.load = slow_load
+if "NO_THREADS" in os.environ:
+    import threading
+
+    unlimited = threading.Thread.start
+
+    def limited(self):
+        if os.path.exists(os.environ["NO_THREADS"]):
+            raise RuntimeError("can't start new thread")
+        unlimited(self)
+
+    threading.Thread.start = limited
+if "JUMPING_CLOCK" in os.environ:
+    import itertools
+
+    true_time, jumps = time.time, itertools.cycle((0, 3600, -3600, 86400 * 366, -86400 * 366))
+    time.time = lambda: true_time() + next(jumps)
+    time.time_ns = lambda: int(1e9 * time.time())
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 

@@ -76,6 +76,48 @@ def test_idle_connections_do_not_hold_the_end_up(start, tiny_model):
             connection.close()
 
 
+def test_without_threads_requests_are_503_and_the_process_goes_on(start, tiny_model, tmp_path):
+    """The limit comes when the models are open, and before the first request starts a thread that runs them."""
+    limit = tmp_path / "no-more-threads"
+    with start("--model", f"tiny={tiny_model}", "--threads", "1", NO_THREADS=str(limit)) as server:
+        limit.touch()
+        for _ in range(3):
+            answer = server.post("/embed", {"inputs": ["今天天气真好", "股票大跌"]})
+            assert (answer.status, answer.json["error_type"]) == (503, "out_of_threads")
+            assert int(answer.headers["retry-after"]) >= 1
+        assert server.get("/live").status == 200
+        server.process.send_signal(signal.SIGHUP)
+        assert server.event("reload")["result"] == "failed"
+        limit.unlink()
+        assert server.post("/embed", {"inputs": ["今天天气真好", "股票大跌"]}).status == 200
+        stats = server.stats()
+        assert (stats["in_flight"], stats["queued"]) == (1, 0)
+        limit.touch()
+        assert server.end() == 0  # what frees the models needs no thread
+
+
+def test_a_clock_that_is_set_by_hours_ends_no_wait(start, tiny_model):
+    """Every reading of the clock on the wall is hours or a year away from the one before."""
+    one = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 21\r\n\r\n"
+    with start("--model", f"tiny={tiny_model}", "--threads", "1", JUMPING_CLOCK="1") as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as kept:
+            answers = kept.makefile("rb")
+            for _ in range(5):
+                kept.sendall(one[:40])  # others come and go while this one is half there
+                assert all(one.status == 200 for one in together(server, 4))
+                kept.sendall(one[40:] + b'{"inputs": ["a","b"]}')
+                assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
+                length = next(int(line[15:]) for line in answers if line.startswith(b"content-length:"))
+                while answers.readline() != b"\r\n":
+                    pass
+                assert len(json.loads(answers.read(length))) == 2
+        server.process.send_signal(signal.SIGHUP)
+        assert server.event("reload")["result"] == "same"
+        assert server.end() == 0
+        told = [line["time"] for line in server.log]
+        assert max(told) - min(told) > 3600  # it did jump
+
+
 def test_a_second_signal_and_the_end_of_the_grace_force_the_end(start, tiny_model, tmp_path):
     arguments = ["--model", f"tiny={tiny_model}", "--threads", "1"]
     with ThreadPoolExecutor(1) as pool:
