@@ -21,7 +21,10 @@ from qingyu.runtime.vectors import unit
 __all__ = ["Cells", "learn"]
 
 LOOKED_AT = 32  # of the nearest cells, for the parts that they belong to
-SLACK = 1.25  # a cell is near if its distance, 1 - cosine, is at most this times that of the nearest (SPANN, eq. 3)
+# A cell is near if its distance, 1 - cosine, is at most this times that of the nearest, as in SPANN (Chen et al. 2021).
+# Of 15,000 real sentences in 16 parts, 1.25 finds 0.945 of the ten nearest, 1.35 0.970, 1.5 0.980, and one graph 0.981;
+# of a million vectors of clusters that have nothing in common, 1.5 searches four parts and more in vain for half.
+SLACK = 1.35
 TABLE = 1 << 23  # similarities that are held at once: 32 MB
 
 

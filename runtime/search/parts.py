@@ -29,7 +29,7 @@ PART = 32_768  # entries of a part when a graph is cut
 CELL = 512  # entries of a cell: two thousand cells of a million entries
 LANDMARK = 32  # entries for one that cells are learnt from
 MOST_LANDMARKS = 65_536  # each is compared with each
-MOST_PARTS = 4  # that are searched for what is near one vector
+MOST_PARTS = 8  # that are searched for what is near one vector
 
 MAGIC = b"qingyu: parts 1\n"
 ALIGNED = 64
