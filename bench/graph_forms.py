@@ -26,7 +26,13 @@ from qingyu.quantize.statistics import collect
 from qingyu.quantize.texts import calibration_texts
 from qingyu.runtime.engine import Floats
 from qingyu.runtime.engines import openvino_installed
-from qingyu.runtime.onnxruntime_engine import PROVIDERS, SLOW_FUSIONS, import_onnxruntime, session_options
+from qingyu.runtime.onnxruntime_engine import (
+    PROVIDERS,
+    SLOW_FUSIONS,
+    import_onnxruntime,
+    product_entries,
+    session_options,
+)
 from qingyu.runtime.spec import read_spec
 
 __all__ = ["main"]
@@ -43,7 +49,7 @@ def by_onnxruntime(graph: bytes) -> Run:
     onnxruntime = import_onnxruntime()
     session = onnxruntime.InferenceSession(
         graph,
-        session_options(onnxruntime, threads=1),
+        session_options(onnxruntime, threads=1, entries=product_entries("int8")),
         providers=list(PROVIDERS),
         disabled_optimizers=list(SLOW_FUSIONS),
     )

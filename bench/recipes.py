@@ -31,7 +31,13 @@ from qingyu.quantize.recipes import RECIPES, write_quantized
 from qingyu.quantize.statistics import collect, token_batches
 from qingyu.quantize.texts import calibration_texts
 from qingyu.runtime.engine import Floats, TokenBatch
-from qingyu.runtime.onnxruntime_engine import PROVIDERS, SLOW_FUSIONS, import_onnxruntime, session_options
+from qingyu.runtime.onnxruntime_engine import (
+    PROVIDERS,
+    SLOW_FUSIONS,
+    import_onnxruntime,
+    product_entries,
+    session_options,
+)
 from qingyu.runtime.spec import ModelSpec, read_spec
 
 __all__ = ["main"]
@@ -119,7 +125,7 @@ def _geometric_mean(values: Sequence[float]) -> float:
 
 def _session(graph: bytes, *, threads: int) -> Any:  # noqa: ANN401 - onnxruntime's class
     onnxruntime = import_onnxruntime()
-    options = session_options(onnxruntime, threads=threads)
+    options = session_options(onnxruntime, threads=threads, entries=product_entries("int8"))
     return onnxruntime.InferenceSession(
         graph, options, providers=list(PROVIDERS), disabled_optimizers=list(SLOW_FUSIONS)
     )

@@ -331,12 +331,16 @@ def _draw(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "qingyu"  # the same figures give the same file
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(line["contender"] for line in lines):
         own = [line for line in lines if line["contender"] == name]
         axes.plot([line["recall"] for line in own], [line["p50_ms"] for line in own], marker="o", label=name)
     axes.set(xlabel="recall@10", ylabel="median of one search, ms", yscale="log", title=title)
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which("{x:g}")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -30,6 +30,7 @@ from qingyu.runtime.onnxruntime_engine import (
     SLOW_FUSIONS,
     feeds_of,
     import_onnxruntime,
+    product_entries,
     session_options,
 )
 from qingyu.runtime.spec import ModelSpec, read_spec
@@ -97,7 +98,7 @@ def _shares(values: dict[str, float]) -> dict[str, float]:
 
 def _session(graph: Path, profile: Path | None = None) -> Any:  # noqa: ANN401 - onnxruntime's class
     onnxruntime = import_onnxruntime()
-    options = session_options(onnxruntime, threads=1)
+    options = session_options(onnxruntime, threads=1, entries=product_entries("int8"))
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

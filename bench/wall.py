@@ -99,7 +99,12 @@ def _onnxruntime(inputs: int, outputs: int, threads: int) -> list[Call]:
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
-    from qingyu.runtime.onnxruntime_engine import PROVIDERS, import_onnxruntime, session_options
+    from qingyu.runtime.onnxruntime_engine import (
+        PROVIDERS,
+        import_onnxruntime,
+        product_entries,
+        session_options,
+    )
 
     left, right = _operands(inputs, outputs)
     graph = helper.make_graph(
@@ -111,9 +116,8 @@ def _onnxruntime(inputs: int, outputs: int, threads: int) -> list[Call]:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnxruntime = import_onnxruntime()
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), session_options(onnxruntime, threads=1), providers=list(PROVIDERS)
-    )
+    options = session_options(onnxruntime, threads=1, entries=product_entries("int8"))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(PROVIDERS))
 
     def call() -> Call:
         binding = session.io_binding()

@@ -22,6 +22,7 @@ from qingyu.runtime.onnxruntime_engine import (
     PROVIDERS,
     SLOW_FUSIONS,
     import_onnxruntime,
+    product_entries,
     session_options,
     typed,
 )
@@ -119,7 +120,7 @@ def _session(data: bytes, name: str, threads: int) -> Any:  # noqa: ANN401 - onn
         onnxruntime = import_onnxruntime()
         return onnxruntime.InferenceSession(
             data,
-            session_options(onnxruntime, threads=threads),
+            session_options(onnxruntime, threads=threads, entries=product_entries("int8")),
             providers=list(PROVIDERS),
             disabled_optimizers=list(SLOW_FUSIONS),
             enable_fallback=0,

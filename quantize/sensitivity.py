@@ -23,6 +23,7 @@ from qingyu.runtime.onnxruntime_engine import (
     PROVIDERS,
     SLOW_FUSIONS,
     import_onnxruntime,
+    product_entries,
     session_options,
     typed,
 )
@@ -106,7 +107,7 @@ def _session(graph: bytes) -> Any:  # noqa: ANN401 - onnxruntime's class
     onnxruntime = import_onnxruntime()
     return onnxruntime.InferenceSession(
         graph,
-        session_options(onnxruntime, threads=choose_threads(None)),
+        session_options(onnxruntime, threads=choose_threads(None), entries=product_entries("int8")),
         providers=list(PROVIDERS),
         disabled_optimizers=list(SLOW_FUSIONS),
     )

@@ -49,6 +49,7 @@ __all__ = [
     "TelemetryWarning",
     "feeds_of",
     "import_onnxruntime",
+    "product_entries",
     "session_options",
     "typed",
 ]
@@ -89,7 +90,7 @@ class OnnxRuntimeEngine(GraphEngine):
         self, folder: Path, spec: ModelSpec, *, profile: Profile = "throughput", threads: int | None = None
     ) -> None:
         settings = settings_of(profile)
-        self._edge = spec.edge if settings.edge_file and not _product_entries(spec) else None
+        self._edge = spec.edge if settings.edge_file and not product_entries(spec.precision) else None
         self._options: tuple[Profile, int | None] = (profile, threads)
         file = spec.graph if self._edge is None else self._edge.file
         super().__init__(folder, spec, file=file, settings=settings, threads=threads)
@@ -130,7 +131,7 @@ class OnnxRuntimeEngine(GraphEngine):
             onnxruntime,
             threads=self.settings.threads_of_one_run(self.threads),
             entries={
-                **_product_entries(self.spec),
+                **product_entries(self.spec.precision),
                 **_spinning_entries(self.settings),
                 **({} if self._edge is None else _edge_entries(self._edge)),
             },
@@ -277,13 +278,15 @@ def _spinning_entries(settings: Settings) -> Mapping[str, str]:
     }
 
 
-def _product_entries(spec: ModelSpec) -> Mapping[str, str]:
-    """Exact integer products where the CPU's fast ones saturate: slower there, and right (docs/cpus.md).
+def product_entries(precision: str) -> Mapping[str, str]:
+    """For a graph of this precision exact integer products where the CPU's fast ones saturate (docs/cpus.md).
+
+    They are slower there, and right.
 
     onnxruntime changes the weights for it while it optimizes a graph, which it does not do with an edge file
     (measured: on an emulated Haswell its products saturate as before). So such CPUs are given the graph.
     """
-    return EXACT_PRODUCTS if spec.precision == "int8" and saturates_byte_products() else {}
+    return EXACT_PRODUCTS if precision == "int8" and saturates_byte_products() else {}
 
 
 def session_options(

@@ -21,7 +21,7 @@ from qingyu.runtime.vectors import unit
 __all__ = ["Cells", "learn"]
 
 LOOKED_AT = 32  # of the nearest cells, for the parts that they belong to
-SLACK = 1.5  # a cell is near if its distance, 1 - cosine, is at most this times that of the nearest (SPANN, eq. 3)
+SLACK = 1.25  # a cell is near if its distance, 1 - cosine, is at most this times that of the nearest (SPANN, eq. 3)
 TABLE = 1 << 23  # similarities that are held at once: 32 MB
 
 

@@ -16,7 +16,7 @@ from qingyu.quantize import quantize
 from qingyu.quantize.recipes import RECIPES, write_quantized
 from qingyu.quantize.statistics import collect
 from qingyu.runtime.engine import TokenBatch
-from qingyu.runtime.onnxruntime_engine import import_onnxruntime
+from qingyu.runtime.onnxruntime_engine import import_onnxruntime, product_entries, session_options
 from qingyu.runtime.spec import read_spec
 
 TEXTS = ["今天天气真好", "外面阳光明媚", "股票大跌", "怎么修改登录密码", "人工智能正在改变医疗和教育" * 3]
@@ -31,8 +31,7 @@ def cls_model(tiny_checkpoint, tmp_path_factory):
 
 def vectors(graph, rows):
     onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options = session_options(onnxruntime, threads=1, entries=product_entries("int8"))
     session = onnxruntime.InferenceSession(
         graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
     )

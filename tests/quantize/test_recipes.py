@@ -18,7 +18,7 @@ from qingyu.quantize.texts import calibration_texts
 from qingyu.runtime.batching import micro_batches
 from qingyu.runtime.embedder import Embedder
 from qingyu.runtime.engine import TokenBatch
-from qingyu.runtime.onnxruntime_engine import import_onnxruntime
+from qingyu.runtime.onnxruntime_engine import import_onnxruntime, product_entries, session_options
 from qingyu.runtime.spec import read_spec
 
 TEXTS = [
@@ -56,8 +56,7 @@ def tiny(tiny_model):
 
 def pooled(graph, batches, output="pooled"):
     onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options = session_options(onnxruntime, threads=1, entries=product_entries("int8"))
     session = onnxruntime.InferenceSession(
         graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
     )

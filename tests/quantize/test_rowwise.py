@@ -9,7 +9,7 @@ from qingyu.models.export.builder import GraphBuilder
 from qingyu.quantize.codes import quantize_columns
 from qingyu.quantize.integer import FLOORS, MICROSOFT, IntegerLinear
 from qingyu.quantize.ranges import Range
-from qingyu.runtime.onnxruntime_engine import import_onnxruntime
+from qingyu.runtime.onnxruntime_engine import import_onnxruntime, product_entries, session_options
 
 TOKENS, WIDTH, COLUMNS = 23, 48, 20
 CONTEXT = "encoder.layer.0.attention.output.dense"
@@ -37,9 +37,9 @@ def run(writer, name, activation, bias=BIAS):
     model = graph.finish(
         {"ids": (1, "tokens")}, {"out": (1, "tokens", COLUMNS)}, metadata={}, domains=(MICROSOFT,)
     )
-    options = import_onnxruntime().SessionOptions()
-    options.intra_op_num_threads = 1
-    session = import_onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    onnxruntime = import_onnxruntime()
+    options = session_options(onnxruntime, threads=1, entries=product_entries("int8"))
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return session.run(["out"], {"ids": np.arange(len(activation))[None]})[0][0]
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import qingyu.runtime
 from qingyu.errors import CorruptFileError, ManifestError, QingyuError
+from qingyu.runtime.cpu import saturates_byte_products
 from qingyu.runtime.embedder import Embedder
 from qingyu.runtime.spec import ModelSpec
 
@@ -58,7 +59,9 @@ def trial(work: str, *arguments: object) -> dict[str, object]:
 def test_damaged_files_are_refused_by_their_hash_and_crash_nothing_without_it(file, edge, tmp_path):
     """The 300 mutants of the scorecard's first row, in small."""
     shutil.copytree(edge, tmp_path / "m")
-    assert trial("mutants", tmp_path / "m", file, 9, "false") == {"ends": {"refused": 9}, "signals": []}
+    # A CPU whose products saturate is given the graph, and the edge file is never opened there.
+    end = "loaded" if file == "model.ort" and saturates_byte_products() else "refused"
+    assert trial("mutants", tmp_path / "m", file, 9, "false") == {"ends": {end: 9}, "signals": []}
     assert trial("mutants", tmp_path / "m", file, 9, "true")["signals"] == []
 
 

@@ -816,10 +816,9 @@ class TestTelemetry:
 def test_quantized_graphs_ask_for_exact_products_where_the_fast_ones_saturate(
     monkeypatch, precision, saturates, exact
 ):
-    from types import SimpleNamespace
 
     from qingyu.runtime import onnxruntime_engine
 
     monkeypatch.setattr(onnxruntime_engine, "saturates_byte_products", lambda: saturates)
-    entries = onnxruntime_engine._product_entries(SimpleNamespace(precision=precision))
+    entries = onnxruntime_engine.product_entries(precision)
     assert ("session.x64quantprecision" in entries) is exact

@@ -17,6 +17,7 @@ from qingyu import Embedder
 from qingyu.errors import ClosedError, CorruptFileError, FidelityError, GraphError, KernelError
 from qingyu.models.export import export
 from qingyu.quantize import Gate, quantize
+from qingyu.runtime.cpu import saturates_byte_products
 from qingyu.runtime.spec import FileRecord, read_spec, sha256_of
 
 pytest.importorskip("openvino", reason="runs models by OpenVINO")
@@ -59,7 +60,8 @@ def test_vectors_are_close_to_fp32_and_do_not_depend_on_neighbours(folder):
         alone = np.concatenate([model.embed([text]) for text in TEXTS])
         shuffled = model.embed(TEXTS[::-1])[::-1]
         assert model.self_check().result == "passed"
-    assert least(wanted, found) > 0.99
+    # Without VNNI OpenVINO's products of a byte saturate, which the certificate of such a machine tells.
+    assert least(wanted, found) > (0.98 if saturates_byte_products() else 0.99)
     assert least(alone, found) > 0.99999
     assert least(shuffled, found) > 0.99999
 
