@@ -528,7 +528,10 @@ THREATS = (
         "C19",
         PROCESS,
         "a model replaced under load",
-        (f"{SERVER}::test_a_model_is_replaced_under_load_without_a_failed_or_mixed_answer",),
+        (
+            f"{SERVER}::test_a_model_is_replaced_under_load_without_a_failed_or_mixed_answer",
+            f"{HOSTILE}::test_models_that_are_replaced_again_and_again_leave_their_memory",
+        ),
         (19,),
     ),
     Threat(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from weakref import WeakMethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from qingyu.runtime.threads import Pool
 
-__all__ = ["Batcher", "ItemBatcher", "Prepared", "Sequenced", "Workers", "micro_batches", "windows"]
+__all__ = ["Batcher", "ItemBatcher", "Prepared", "Sequenced", "Workers", "micro_batches", "weakly", "windows"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -103,6 +104,21 @@ def windows(texts: Iterable[T], most: int = LAST_WINDOW) -> Iterator[list[T]]:
             size, characters, window = min(2 * size, most), 0, []
     if window:
         yield window
+
+
+def weakly(method: Callable[[T], R]) -> Callable[[T], R]:
+    """A bound method that does not keep its object: for what the object itself keeps.
+
+    Otherwise a model that nobody uses any more, with megabytes of tokenizer, stays until Python looks for cycles.
+    """
+    known = WeakMethod(method)
+
+    def call(argument: T) -> R:
+        found = known()
+        assert found is not None  # whoever waits for the result holds the object
+        return found(argument)
+
+    return call
 
 
 class Workers:

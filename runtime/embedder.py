@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from qingyu.errors import InvalidOptionError, TextTooLongError
-from qingyu.runtime.batching import Batcher, Prepared, windows
+from qingyu.runtime.batching import Batcher, Prepared, weakly, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.engines import EngineName
 from qingyu.runtime.graph_engine import Profile
@@ -89,7 +89,7 @@ class Embedder(TaskModel):
         super().__init__(folder, spec, tokenizer, engine, steps)
         self._special: dict[str, int] = {}  # prompt -> tokens beside those of a text
         self._batcher = Batcher(
-            run=self._pooled,
+            run=weakly(self._pooled),
             workers=self._workers,
             dim=spec.dim,
             token_budget=steps.token_budget,

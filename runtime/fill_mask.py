@@ -23,7 +23,7 @@ from qingyu.errors import (
     TextTooLongError,
     TokenizerError,
 )
-from qingyu.runtime.batching import ItemBatcher, Prepared, windows
+from qingyu.runtime.batching import ItemBatcher, Prepared, weakly, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.engines import EngineName
 from qingyu.runtime.graph_engine import Profile
@@ -182,7 +182,7 @@ class FillMask(TaskModel):
         assert number is not None  # mask_token is a token of the vocabulary
         self._mask_id = number
         self._batcher: ItemBatcher[_Row, list[_Best]] = ItemBatcher(
-            workers=self._workers, token_budget=steps.token_budget, run=self._run
+            workers=self._workers, token_budget=steps.token_budget, run=weakly(self._run)
         )
 
     @classmethod

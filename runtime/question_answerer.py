@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qingyu.errors import InvalidOptionError, InvalidTextError, TextTooLongError
-from qingyu.runtime.batching import ItemBatcher, Prepared, windows
+from qingyu.runtime.batching import ItemBatcher, Prepared, weakly, windows
 from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.scores import softmax
@@ -78,7 +78,7 @@ class QuestionAnswerer(TextModel):
     ) -> None:
         super().__init__(folder, spec, tokenizer, engine, steps)
         self._batcher: ItemBatcher[_Row, Floats] = ItemBatcher(
-            workers=self._workers, token_budget=steps.token_budget, run=self._run
+            workers=self._workers, token_budget=steps.token_budget, run=weakly(self._run)
         )
 
     def answer(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qingyu.errors import InvalidTextError
-from qingyu.runtime.batching import ItemBatcher, Prepared, windows
+from qingyu.runtime.batching import ItemBatcher, Prepared, weakly, windows
 from qingyu.runtime.engine import Floats, TokenBatch
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.scores import SCORES
@@ -34,7 +34,7 @@ class SequenceModel(TextModel):
     ) -> None:
         super().__init__(folder, spec, tokenizer, engine, steps)
         self._batcher: ItemBatcher[EncodedPair, Floats] = ItemBatcher(
-            workers=self._workers, token_budget=steps.token_budget, run=self._run
+            workers=self._workers, token_budget=steps.token_budget, run=weakly(self._run)
         )
 
     def _scored(

@@ -29,7 +29,7 @@ from qingyu.runtime.engine import Floats, Ids, TokenBatch
 from qingyu.runtime.engines import EngineName, check_engine, choose_engine
 from qingyu.runtime.graph_engine import PROFILES, Profile
 from qingyu.runtime.home import check_home, qingyu_home
-from qingyu.runtime.memory import MEGABYTE, Plan, plan, resident_bytes
+from qingyu.runtime.memory import MEGABYTE, Plan, give_back_freed, plan, resident_bytes
 from qingyu.runtime.scripts import Script
 from qingyu.runtime.selfcheck import CheckedEngine, SelfCheck
 from qingyu.runtime.spec import ModelSpec, Task, check_file, read_spec
@@ -334,6 +334,7 @@ class TaskModel:
         """Wait for runs under way and free the graph; later calls raise ``ClosedError``."""
         self._workers.close()
         self._engine.close()
+        give_back_freed()
 
     def __enter__(self: M) -> M:
         return self

@@ -14,7 +14,7 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qingyu.runtime.batching import ItemBatcher, Prepared, windows
+from qingyu.runtime.batching import ItemBatcher, Prepared, weakly, windows
 from qingyu.runtime.engine import TokenBatch
 from qingyu.runtime.memory import Plan
 from qingyu.runtime.scores import softmax
@@ -76,7 +76,7 @@ class TokenClassifier(TextModel):
     ) -> None:
         super().__init__(folder, spec, tokenizer, engine, steps)
         self._batcher: ItemBatcher[TokenRow, NDArray[np.float64]] = ItemBatcher(
-            workers=self._workers, token_budget=steps.token_budget, run=self._run
+            workers=self._workers, token_budget=steps.token_budget, run=weakly(self._run)
         )
 
     def tag(self, texts: str | Iterable[str], *, report: Report | None = None) -> list[Tagged]:

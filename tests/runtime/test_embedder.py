@@ -359,3 +359,32 @@ def test_the_fixture_model_is_not_changed_by_the_tests(tiny_model):
         "qingyu.json",
         "tokenizer.json",
     ]
+
+
+def test_a_model_that_nobody_uses_is_freed_at_once(tiny_model, head_model):
+    """Not when Python next looks for cycles: a server that replaces models would keep several."""
+    import gc
+    import weakref
+
+    from qingyu.runtime.fill_mask import FillMask
+    from qingyu.runtime.question_answerer import QuestionAnswerer
+    from qingyu.runtime.sequences import SequenceModel
+    from qingyu.runtime.task import open_model
+    from qingyu.runtime.token_classifier import TokenClassifier
+
+    tasks = ("fill-mask", "question-answering", "reranking")
+    folders = [tiny_model, *map(head_model, tasks), head_model("tagging", ("O", "B-人", "I-人"))]
+    kinds = {Embedder, FillMask, QuestionAnswerer, SequenceModel, TokenClassifier}
+    gc.disable()
+    try:
+        for folder in folders:
+            model = open_model(folder)
+            kinds -= set(type(model).__mro__)
+            model.load()
+            model.close()
+            known = weakref.ref(model)
+            del model
+            assert known() is None, folder
+    finally:
+        gc.enable()
+    assert not kinds
