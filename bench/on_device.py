@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,21 +206,33 @@ def _rounds(
     embedders = {
         str(one): with_budget(Path(model), "throughput", one.budget, threads=one.threads) for one in settings
     }
+    return _in_turns(embedders, lambda one: _seconds(one, texts), texts[:32], seconds)
+
+
+def _in_turns(
+    embedders: Mapping[str, Embedder], cost: Callable[[Embedder], float], first: Sequence[str], seconds: float
+) -> dict[str, list[float]]:
+    """The ``cost`` of each embedder in each round, odd rounds backwards; ``first`` before them; all are closed."""
     times: dict[str, list[float]] = {name: [] for name in embedders}
     try:
         for embedder in embedders.values():
-            embedder.embed(texts[:32])
+            embedder.embed(first)
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times[str(settings[0])]) < LEAST_ROUNDS:
-            backwards = len(times[str(settings[0])]) % 2 == 1
-            for name in list(embedders)[::-1] if backwards else list(embedders):
-                start = time.perf_counter()
-                embedders[name].embed(texts)
-                times[name].append(time.perf_counter() - start)
+        rounds = 0
+        while time.perf_counter() < end or rounds < LEAST_ROUNDS:
+            for name in list(embedders)[::-1] if rounds % 2 == 1 else list(embedders):
+                times[name].append(cost(embedders[name]))
+            rounds += 1
     finally:
         for embedder in embedders.values():
             embedder.close()
     return times
+
+
+def _seconds(embedder: Embedder, texts: str | Sequence[str]) -> float:
+    start = time.perf_counter()
+    embedder.embed(texts)
+    return time.perf_counter() - start
 
 
 def _latency(model: str, profile: str, texts: Sequence[str], seconds: float) -> dict[str, float]:
@@ -231,10 +243,7 @@ def _latency(model: str, profile: str, texts: Sequence[str], seconds: float) -> 
             embedder.embed(text)
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            for text in texts:
-                start = time.perf_counter()
-                embedder.embed(text)
-                took.append(1e3 * (time.perf_counter() - start))
+            took.extend(1e3 * _seconds(embedder, text) for text in texts)
     return {f"p{share}_ms": round(percentile(took, share), 3) for share in (50, 95, 99)}
 
 
@@ -247,19 +256,11 @@ def _lone(model: str, texts: Sequence[str], seconds: float) -> list[dict[str, An
     settings = settings_of("latency")
     default = settings.threads(None)
     counts = [default, *(n for n in _thread_counts() if n != default)]
-    opened = {n: Embedder.open(model, profile="latency", threads=n) for n in counts}
-    try:
-        for embedder in opened.values():
-            embedder.embed(texts[0])
-        end = time.perf_counter() + seconds
-        times: dict[str, list[float]] = {str(n): [] for n in counts}
-        while time.perf_counter() < end or len(times[str(default)]) < LEAST_ROUNDS:
-            backwards = len(times[str(default)]) % 2 == 1
-            for n in counts[::-1] if backwards else counts:
-                times[str(n)].append(_p50(opened[n], texts[:ROUND_QUERIES]))
-    finally:
-        for embedder in opened.values():
-            embedder.close()
+    embedders = {str(n): Embedder.open(model, profile="latency", threads=n) for n in counts}
+    asked = texts[:ROUND_QUERIES]
+    times = _in_turns(
+        embedders, lambda one: percentile([_seconds(one, text) for text in asked], 50), texts[:1], seconds
+    )
     ratios, middle = ratios_to(times, str(default)), medians(times)
     return [
         {
@@ -271,16 +272,6 @@ def _lone(model: str, texts: Sequence[str], seconds: float) -> list[dict[str, An
         }
         for n in counts
     ]
-
-
-def _p50(embedder: Embedder, texts: Sequence[str]) -> float:
-    """The median of the seconds that one query takes."""
-    took = []
-    for text in texts:
-        start = time.perf_counter()
-        embedder.embed(text)
-        took.append(time.perf_counter() - start)
-    return percentile(took, 50)
 
 
 def _memory(model: str, profile: str, texts: Sequence[str]) -> dict[str, float]:

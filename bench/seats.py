@@ -226,9 +226,8 @@ def _written(files: Files) -> str:
 
 def _environment(seat: Seat) -> dict[str, str]:
     """Our package for any Python, nothing from a network, and notes kept apart from the user's own."""
-    package = str(
-        Path(qingyu.__file__).absolute().parents[1]
-    )  # not resolved: an editable install is a tree of links
+    # Not resolved: an editable install is a tree of links, and what they point to is not one package.
+    package = str(Path(qingyu.__file__).absolute().parents[1])
     environment = {**os.environ, "QINGYU_HOME": str(seat.home.resolve()), "TOKENIZERS_PARALLELISM": "true"}
     if seat.python != sys.executable:
         environment["PYTHONPATH"] = package

@@ -203,7 +203,9 @@ class _Options:
     @property
     def rate(self) -> float:
         """Times the learning rate for the head's own layers."""
-        return self.head_rate or (FROZEN_RATE if self.freeze else 1.0)
+        if self.head_rate is not None:
+            return self.head_rate
+        return FROZEN_RATE if self.freeze else 1.0
 
 
 def _train_head(
@@ -323,10 +325,9 @@ def _optimizer(model: Any, rate: float, head_rate: float) -> Any:  # noqa: ANN40
     import torch
 
     pooler = getattr(model.base_model, "pooler", None)
-    of_head = {id(one) for one in (() if pooler is None else pooler.parameters())}
-    encoder = [one for one in model.base_model.parameters() if id(one) not in of_head]
-    kept = {id(one) for one in encoder}
-    head = [one for one in model.parameters() if id(one) not in kept]
+    head = [one for part in (pooler, model.classifier) if part is not None for one in part.parameters()]
+    of_head = {id(one) for one in head}
+    encoder = [one for one in model.parameters() if id(one) not in of_head]
     return torch.optim.AdamW(
         [{"params": encoder, "lr": rate}, {"params": head, "lr": rate * head_rate}], weight_decay=0.0
     )

@@ -323,7 +323,7 @@ def test_a_classifier_on_the_mean_of_the_states_gives_what_it_was_trained_to(
 
 
 def test_what_a_head_reads_and_learns_by_is_checked(tiny_checkpoint, tmp_path):
-    for wrong in ({"pooling": "max"}, {"head_rate": -1.0}, {"head_rate": 2000.0}):
+    for wrong in ({"pooling": "max"}, {"head_rate": 0.0}, {"head_rate": -1.0}, {"head_rate": 2000.0}):
         with pytest.raises(InvalidOptionError, match=next(iter(wrong))):
             classify(tiny_checkpoint, tmp_path / "run", labelled(50), **wrong)
     assert not (tmp_path / "run").exists()

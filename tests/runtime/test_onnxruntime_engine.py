@@ -816,7 +816,6 @@ class TestTelemetry:
 def test_quantized_graphs_ask_for_exact_products_where_the_fast_ones_saturate(
     monkeypatch, precision, saturates, exact
 ):
-
     from qingyu.runtime import onnxruntime_engine
 
     monkeypatch.setattr(onnxruntime_engine, "saturates_byte_products", lambda: saturates)
