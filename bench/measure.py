@@ -276,6 +276,7 @@ class Comparison:
         self.session.add("facts", {**row, **process.ask({"do": "facts"})})
 
     def _skip(self, name: str, prepared: Prepared, reason: str) -> None:
+        reason = reason.replace(str(prepared.files.int8), prepared.model.name)  # a page is read elsewhere
         self.say(f"{name} cannot run {prepared.model.name}: {reason}")
         self.session.add("skipped", {"model": prepared.model.name, "contender": name, "reason": reason})
 

@@ -3,8 +3,9 @@
     python -m qingyu.bench.stages out/bge-int8
 
 Prints one JSON line. One thread does everything in turn, so that shares add up; with several workers tokenizing
-overlaps with running. Operators are timed by onnxruntime's own profiler in another pass, which costs a few percent.
-Not here: other engines.
+overlaps with running. Texts of the workloads "single" and "arrivals" are run one by one. Operators are timed by
+onnxruntime's own profiler in another pass, which costs a few percent, or a few microseconds an operator. Not here:
+other engines.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def measure(
     given = one.sample(read_sources(texts), one.texts if count is None else count)
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", max_tokens=spec.max_tokens)
     budget = PROFILES["throughput"].token_budget
+    alone = one.kind in ("single", "arrivals")
     encoding: list[float] = []
     padding: list[float] = []
     running: list[float] = []
@@ -59,7 +61,7 @@ def measure(
         start = time.perf_counter()
         ids = [text.ids for text in tokenizer.encode(given)]
         encoded = time.perf_counter()
-        groups = micro_batches([len(row) for row in ids], budget)
+        groups = [[n] for n in range(len(ids))] if alone else micro_batches([len(row) for row in ids], budget)
         batches = [TokenBatch.pad([ids[n] for n in group], tokenizer.pad_id) for group in groups]
         padded = time.perf_counter()
         for batch in batches:

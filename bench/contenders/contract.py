@@ -85,10 +85,11 @@ class Contender:
     """One way of getting vectors.
 
     ``needs`` are the packages by import name, ``distributions`` what pip installs for it, whose sizes count with all
-    that they depend on. ``prepare`` makes the contender's files in ``files.own``, once, in a process of its own.
-    ``open`` is given how many threads it may use. ``own_weights``: not made from the checkpoint. ``adds_prompt``: it
-    puts the model's prompt before each text by itself. ``compiles_shapes``: it compiles kernels for each new shape of a
-    batch, so that it is warmed up with all texts. ``how`` says what is done, for the results.
+    that they depend on; ``prepare_needs`` and ``prepare_distributions`` are what preparing takes besides. ``prepare``
+    makes the contender's files in ``files.own``, once, in a process of its own. ``open`` is given how many threads it
+    may use. ``own_weights``: not made from the checkpoint. ``adds_prompt``: it puts the model's prompt before each text
+    by itself. ``compiles_shapes``: it compiles kernels for each new shape of a batch, so that it is warmed up with all
+    texts. ``how`` says what is done, for the results.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Contender:
     open: Callable[[Files, int], Opened]
     prepare: Callable[[Files], None] | None = None
     prepare_needs: tuple[str, ...] = ()
+    prepare_distributions: tuple[str, ...] = ()
     models: tuple[str, ...] = ()  # those that it can run, where it cannot run any
     own_weights: bool = False
     adds_prompt: bool = False
@@ -125,13 +127,14 @@ def pip_install(distributions: Sequence[str]) -> str:
 def require_packages(one: Contender, *, preparing: bool = False) -> None:
     """Raise ``MissingExtraError`` unless what a contender runs with, or is prepared with, is installed."""
     wanted = (*one.needs, *(one.prepare_needs if preparing else ()))
+    distributions = (*one.distributions, *(one.prepare_distributions if preparing else ()))
     missing = [package for package in wanted if not installed(package)]
     if missing:
         raise MissingExtraError(
             f"{one.name} is not installed",
             expected=f"the packages {', '.join(wanted)}",
             found=f"no {', '.join(missing)} in {sys.executable}",
-            remedy=f"Run: {pip_install(one.distributions)}",
+            remedy=f"Run: {pip_install(distributions)}",
         )
 
 

@@ -91,5 +91,6 @@ CONTENDERS = {
         open=_open,
         prepare=_prepare,
         prepare_needs=("transformers", "torch"),
+        prepare_distributions=("transformers", "torch"),
     )
 }

@@ -78,5 +78,6 @@ CONTENDERS = {
         open=_open,
         prepare=_prepare,
         prepare_needs=("sentence_transformers", "optimum.onnxruntime"),
+        prepare_distributions=("sentence-transformers", "optimum-onnx[onnxruntime]"),
     )
 }

@@ -138,6 +138,7 @@ CONTENDERS = {
         open=_open,
         prepare=_prepare,
         prepare_needs=("nncf",),
+        prepare_distributions=("nncf",),
         compiles_shapes=True,
     )
 }

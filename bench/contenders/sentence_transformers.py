@@ -193,6 +193,7 @@ CONTENDERS = {
         open=_open_openvino,
         prepare=_prepare_openvino,
         prepare_needs=("nncf", "datasets"),
+        prepare_distributions=("datasets",),
         compiles_shapes=True,
     ),
 }

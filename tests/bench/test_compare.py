@@ -231,6 +231,7 @@ def test_every_contender_is_under_its_name_and_says_what_to_install():
         assert one.how
         assert one.needs
         assert one.distributions
+        assert bool(one.prepare_distributions) == bool(one.prepare_needs)
 
 
 @pytest.mark.parametrize("name", ["nothing", "no.such.module:one", "json:one", ":", "json:"])
@@ -242,6 +243,14 @@ def test_an_unknown_contender_is_an_error_that_names_the_known(name):
 def test_packages_that_are_missing_are_an_error_with_the_pip_command(fakes):
     with pytest.raises(MissingExtraError, match=r"no no_such_package in .*Run: pip install numpy"):
         require_packages(contender(fakes + "absent"))
+    unprepared = replace(
+        contender("openvino-nncf-int8"),
+        needs=(),
+        prepare_needs=("no_such_package",),
+        distributions=("openvino",),
+    )
+    with pytest.raises(MissingExtraError, match=r"Run: pip install openvino nncf$"):
+        require_packages(unprepared, preparing=True)
 
 
 def test_a_model_of_int8_only_cannot_be_converted(files):

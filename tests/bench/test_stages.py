@@ -30,3 +30,9 @@ def test_the_command_prints_one_json_line(tiny_model, monkeypatch, capsys):
     monkeypatch.setattr(wall, "SECONDS", 0.01)
     assert main([str(tiny_model), "--workload", "short", "--count", "8", "--rounds", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["precision"] == "fp32"
+
+
+def test_queries_are_run_one_by_one(tiny_int8, monkeypatch):
+    pytest.importorskip("onnx")
+    monkeypatch.setattr(wall, "SECONDS", 0.01)
+    assert measure(str(tiny_int8), name="single", count=12, rounds=1)["padding_percent"] == 0
