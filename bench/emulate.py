@@ -1,12 +1,12 @@
 """How close a model's vectors are to FP32's on CPUs that are not here, by user-mode emulation.
 
     python -m qingyu.bench.emulate --commands TOOLS | sh
-    python -m qingyu.bench.emulate MODEL... --against FP32 --tools TOOLS [--out FILE.json]
+    python -m qingyu.bench.emulate MODEL... --against FP32 --tools TOOLS [--pairs dev.tsv] [--out FILE.json]
 
 The first command prints what brings the emulator, an aarch64 Python and aarch64 wheels into the folder TOOLS, on
-Debian or Ubuntu on x86-64. The second runs each MODEL under each emulated CPU on twelve texts and compares the
-vectors with those of FP32 and of the same MODEL on this machine. It exits with 1 when a model that is within
-0.999 of FP32 here is not so there, or when a CPU could not be emulated.
+Debian or Ubuntu on x86-64. The second runs each MODEL under each emulated CPU on twelve texts, and on the sentences
+of labelled pairs, and compares the vectors with those of FP32 and of the same MODEL on this machine. It exits with 1
+when a model that is within 0.999 of FP32 here is not so there, or when a CPU could not be emulated.
 
 aarch64 needs a mount namespace of its own (root, or user namespaces): onnxruntime crashes on an x86 /sys and
 /proc/cpuinfo. Not here: speed, which emulation says nothing about.
@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qingyu.errors import InvalidOptionError, OperatorError, QingyuError
+from qingyu.quantize.evaluation import SimilaritySet, spearman
 from qingyu.runtime.spec import read_spec
 
 __all__ = ["CPUS", "TEXTS", "Cpu", "Row", "commands", "emulate", "main", "require_tools", "rows_of", "table"]
@@ -119,7 +120,10 @@ exec "$@"
 
 @dataclass(frozen=True)
 class Row:
-    """One model on one CPU; cosines are ``None``, and ``failure`` says why, where it could not be run."""
+    """One model on one CPU; cosines are ``None``, and ``failure`` says why, where it could not be run.
+
+    ``spearman`` is that of the cosines of labelled pairs with their labels, where there are pairs.
+    """
 
     cpu: str
     has: str
@@ -129,6 +133,7 @@ class Row:
     min_to_fp32: float | None = None
     min_to_native: float | None = None
     failure: str | None = None
+    spearman: float | None = None
 
     def passes(self, native: Row) -> bool:
         """Whether the model keeps the bar here if it does on this machine."""
@@ -275,8 +280,11 @@ def emulate(
     *,
     cpus: Sequence[Cpu] = CPUS,
     session_entries: Mapping[str, str] | None = None,
+    pairs: SimilaritySet | None = None,
 ) -> list[Row]:
     """Rows for this machine ("native") and then each CPU, one for each model.
+
+    The sentences of ``pairs`` are embedded and compared like the other texts.
 
     Raises ``OperatorError`` when tools are missing or the native run fails, and ``ManifestError`` and its like
     for a folder that is no model. A CPU that cannot be emulated becomes rows with a ``failure``.
@@ -286,7 +294,7 @@ def emulate(
     paths = [path.absolute() for path in models]
     names = [f"{path.name} ({read_spec(path).recipe or read_spec(path).precision})" for path in paths]
     job = {
-        "texts": TEXTS,
+        "texts": [*TEXTS, *(() if pairs is None else (*pairs.first, *pairs.second))],
         "session_entries": dict(session_entries or {}),
         "models": [str(path) for path in paths],
     }
@@ -294,9 +302,9 @@ def emulate(
         report, vectors = _native(tree, {**job, "models": [str(fp32.absolute()), *job["models"]]})
         reference, native = vectors[0], vectors[1:]
         here = Cpu("native", "x86_64", "", "this machine")
-        rows = rows_of(here, names, report, native, reference=reference, native=native)
+        rows = rows_of(here, names, report, native, reference=reference, native=native, pairs=pairs)
         for cpu in cpus:
-            rows += _rows_on(cpu, tools, tree, job, names=names, reference=reference, native=native)
+            rows += _rows_on(cpu, tools, tree, job, names=names, reference=reference, native=native, pairs=pairs)
     return rows
 
 
@@ -325,6 +333,7 @@ def _rows_on(
     names: Sequence[str],
     reference: Floats,
     native: Sequence[Floats],
+    pairs: SimilaritySet | None,
 ) -> list[Row]:
     folder = tree / cpu.name
     folder.mkdir()
@@ -333,7 +342,7 @@ def _rows_on(
         report, vectors = _run_child(command_line, environment, job, folder)
     except ChildError as error:
         return [Row(cpu.name, cpu.has, name, "not tested", failure=str(error)) for name in names]
-    return rows_of(cpu, names, report, vectors, reference=reference, native=native)
+    return rows_of(cpu, names, report, vectors, reference=reference, native=native, pairs=pairs)
 
 
 def rows_of(
@@ -344,8 +353,12 @@ def rows_of(
     *,
     reference: Floats,
     native: Sequence[Floats],
+    pairs: SimilaritySet | None = None,
 ) -> list[Row]:
-    """Rows from each model's vectors (texts, dim) on a CPU, FP32's here, and each model's own here."""
+    """Rows from each model's vectors (texts, dim) on a CPU, FP32's here, and each model's own here.
+
+    The last texts are those of ``pairs``: all first ones, then all second ones.
+    """
     rows = []
     for name, found, own in zip(names, vectors, native, strict=True):
         row = Row(cpu.name, cpu.has, name, report["kernels"])
@@ -359,9 +372,16 @@ def rows_of(
                 mean_to_fp32=float(to_fp32.mean()),
                 min_to_fp32=float(to_fp32.min()),
                 min_to_native=float(to_native.min()),
+                spearman=None if pairs is None else _spearman(found, pairs),
             )
         )
     return rows
+
+
+def _spearman(vectors: Floats, pairs: SimilaritySet) -> float:
+    count = len(pairs.labels)
+    first, second = vectors[-2 * count : -count], vectors[-count:]
+    return spearman(_cosines(first, second), np.asarray(pairs.labels))
 
 
 def _cosines(a: Floats, b: Floats) -> NDArray[np.float64]:
@@ -373,13 +393,13 @@ def _cosines(a: Floats, b: Floats) -> NDArray[np.float64]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| CPU | has | model | integer kernels | cosine to FP32, mean | min | to the same model here, min |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    paired = any(row.spearman is not None for row in rows)
+    columns = ["CPU", "has", "model", "integer kernels", "cosine to FP32, mean", "min", "to the same model here, min"]
+    columns += ["Spearman"] * paired
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        figures = [row.mean_to_fp32, row.min_to_fp32, row.min_to_native]
-        cells = [row.failure or "", "", ""]
+        figures = [row.mean_to_fp32, row.min_to_fp32, row.min_to_native, *([row.spearman] * paired)]
+        cells = [row.failure or "", *[""] * (len(figures) - 1)]
         if row.failure is None:
             cells = [f"{figure:.5f}" for figure in figures]
         lines.append("| " + " | ".join([row.cpu, row.has, row.model, row.kernels, *cells]) + " |")
@@ -415,6 +435,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tools", type=Path, help="folder that the printed commands have filled")
     parser.add_argument("--commands", metavar="TOOLS", type=Path, help="print the commands that fill TOOLS")
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the rows as JSON")
+    parser.add_argument(
+        "--pairs", metavar="FILE", type=Path, help="also Spearman on labelled pairs: sentence1, sentence2, label"
+    )
     parser.add_argument("--cpu", action="append", choices=[cpu.name for cpu in CPUS], help="only this one")
     parser.add_argument(
         "--session-entry",
@@ -437,7 +460,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("MODEL, --against and --tools are needed")
     cpus = [cpu for cpu in CPUS if options.cpu is None or cpu.name in options.cpu]
     entries = _entries(options.session_entry)
-    rows = emulate(options.models, options.against, options.tools, cpus=cpus, session_entries=entries)
+    pairs = SimilaritySet.read(options.pairs) if options.pairs else None
+    rows = emulate(
+        options.models, options.against, options.tools, cpus=cpus, session_entries=entries, pairs=pairs
+    )
     below = failing(rows)
     sys.stdout.write(table(rows) + "\n")
     if options.out:

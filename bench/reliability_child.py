@@ -20,13 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from qingyu.errors import QingyuError
 from qingyu.runtime import onnxruntime_engine
 from qingyu.runtime.embedder import Embedder
+from qingyu.runtime.graph_engine import Profile
 from qingyu.runtime.onnxruntime_engine import import_onnxruntime
 from qingyu.runtime.spec import MANIFEST, FileRecord, read_spec, sha256_of
 from qingyu.runtime.tokenizer import Tokenizer
@@ -402,11 +403,17 @@ def _periods(group: str) -> tuple[int, int]:
     return stat["nr_periods"], stat["nr_throttled"]
 
 
-def idle(folder: str, rate: str, seconds: str) -> dict[str, Any]:
-    """Processor time for each request at a rate, against the same requests without a pause; of none: the share used."""
+def idle(folder: str, rate: str, seconds: str, profile: str) -> dict[str, Any]:
+    """Processor time for each request at a rate, against the same requests without a pause; of none: the share used.
+
+    ``awake_ms`` is that of a request after a pause at that rate in which the processor was kept busy with nothing, so
+    that it neither slept nor was given to others: what it needs more than one without a pause is memory that was no
+    longer in a cache, and no waking.
+    """
     text = "今天天气真好，" * 4
-    with Embedder.open(folder, profile="latency") as embedder:
-        embedder.embed(text)
+    with Embedder.open(folder, profile=cast("Profile", profile)) as embedder:
+        for _ in range(20):
+            embedder.embed(text)
         start = time.process_time()
         for _ in range(200):
             embedder.embed(text)
@@ -418,13 +425,24 @@ def idle(folder: str, rate: str, seconds: str) -> dict[str, Any]:
             embedder.embed(text)
         time.sleep(max(0.0, begin + length - time.monotonic()))
         used = time.process_time() - used
-    each = round(1e3 * used / count, 2) if count else None
+        awake = [_after_busy_pause(embedder, text, 1 / float(rate)) for _ in range(min(count, 30))]
     return {
         "rate": float(rate),
+        "profile": profile,
         "pure_ms": round(pure, 2),
-        "cpu_ms": each,
+        "cpu_ms": round(1e3 * used / count, 2) if count else None,
+        "awake_ms": round(1e3 * sum(awake) / len(awake), 2) if awake else None,
         "cpu_percent": round(100 * used / length, 3),
     }
+
+
+def _after_busy_pause(embedder: Embedder, text: str, seconds: float) -> float:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    start = time.process_time()
+    embedder.embed(text)
+    return time.process_time() - start
 
 
 def no_room(folder: str, place: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import time
 import urllib.parse
 from collections.abc import Sequence
@@ -193,7 +194,8 @@ def _stop_idle(setting: Setting) -> dict[str, Any]:
 @row(
     17,
     "Overload sheds, never collapses",
-    "an open loop of 8 texts a request for 60 s at 1, 2 and 10 times the highest rate that 16 clients got",
+    "an open loop of 8 texts a request for 60 s at 1, 2 and 10 times the highest rate that 16 clients got before it; "
+    "that rate measured before and after each, as the machine drifts",
     "goodput >= 90 % of that rate; p99 accepted <= 1 s + service; p99 of refusals < 50 ms; memory flat (+ 32 MB)",
 )
 def overload(setting: Setting) -> Found:
@@ -201,29 +203,31 @@ def overload(setting: Setting) -> Found:
     requests = [_body([f"{TEXT}{n}{m}" for m in range(8)]) for n in range(40)]
     rows: dict[str, Any] = {}
     with running_server("--model", f"bench={setting.model}") as server:
-        peak = highest_rate(server, requests)
+        peaks = [highest_rate(server, requests)]
         for factor in (1, 2, 10):
             before = server.resident()
-            load: Load = run_loop(open_loop(server.address, requests, rate=factor * peak, seconds=seconds))
+            load: Load = run_loop(open_loop(server.address, requests, rate=factor * peaks[-1], seconds=seconds))
             more = (server.resident() - before) / MEGABYTE
+            time.sleep(2)
+            peaks.append(highest_rate(server, requests))
             rows[f"{factor}x"] = {
                 **load.summary(),
-                "of_peak": round(load.goodput / peak, 3),
+                "of_peak": round(load.goodput / statistics.mean(peaks[-2:]), 3),
                 "resident_mb_more": round(more, 1),
             }
-            time.sleep(2)
         alive = server.process.poll() is None
     ten = rows["10x"]
     shares = [rows[factor]["of_peak"] for factor in ("2x", "10x")]
     refused = ten["refused_p99_ms"] or math.inf
     broken = ten["statuses"].get("0", 0)
     figure = (
-        f"peak {peak:.0f} requests/s; goodput at 1, 2, 10 times {[one['of_peak'] for one in rows.values()]} of it; "
+        f"peaks {[round(one) for one in peaks]} requests/s; goodput at 1, 2, 10 times "
+        f"{[one['of_peak'] for one in rows.values()]} of those about it; "
         f"at 10 times p99 accepted {ten['p99_ms']} ms, p99 refused {ten['refused_p99_ms']} ms, "
         f"{broken} without an answer, {ten['resident_mb_more']:+} MB"
     )
     met = alive and min(shares) >= 0.9 and (ten["p99_ms"] or math.inf) <= 1500 and refused < 50
-    return Found(figure, met and ten["resident_mb_more"] <= 32 and not broken, {"peak": peak, **rows})
+    return Found(figure, met and ten["resident_mb_more"] <= 32 and not broken, {"peaks": peaks, **rows})
 
 
 @row(

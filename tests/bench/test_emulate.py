@@ -13,6 +13,7 @@ import pytest
 from qingyu.bench import emulate, emulate_child
 from qingyu.bench.emulate import CPUS, TEXTS, Cpu, Row
 from qingyu.errors import InvalidOptionError, OperatorError
+from qingyu.quantize.evaluation import SimilaritySet
 
 X86 = [cpu for cpu in CPUS if cpu.machine == "x86_64"]
 HERE = Cpu("native", "x86_64", "", "this machine")
@@ -100,6 +101,18 @@ def test_rows_are_cosines_to_fp32_and_to_the_same_model_here() -> None:
     (same,) = emulate.rows_of(HERE, ["m"], REPORT, [native], reference=reference, native=[native])
     assert same.min_to_native == pytest.approx(1)
     assert same.mean_to_fp32 == pytest.approx(0.9)
+
+
+def test_pairs_at_the_end_of_the_texts_are_correlated_with_their_labels() -> None:
+    pairs = SimilaritySet("s", ("a", "b", "c"), ("d", "e", "f"), (0.0, 2.0, 1.0))
+    first = [[1, 0]] * 3
+    found = np.float32([[0, 1], *first, [0, 1], [1, 0.1], [1, 1]])
+    (result,) = emulate.rows_of(HERE, ["m"], REPORT, [found], reference=found, native=[found], pairs=pairs)
+    assert result.spearman == pytest.approx(1)
+    turned = SimilaritySet("s", pairs.first, pairs.second, (2.0, 1.0, 0.0))
+    (result,) = emulate.rows_of(HERE, ["m"], REPORT, [found], reference=found, native=[found], pairs=turned)
+    assert result.spearman == pytest.approx(-0.5)
+    assert emulate.table([result]).splitlines()[-1].endswith("| 1.00000 | -0.50000 |")
 
 
 def test_vectors_that_are_not_finite_are_a_failure() -> None:
