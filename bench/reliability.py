@@ -152,9 +152,10 @@ MIDDLE = """
   that, most is there too when the processor is kept busy through the pause (`awake_ms` in reliability.json: 3.5 and
   3.6 ms against 3.7 and 4.0 with sleep and 2.7 to 2.9 without a pause), so it is the weights that left the caches, not
   waking; longer texts cost as much more in all, so less in proportion. The profile latency has a second thread
-  that sleeps through the pause. After waking it spins on both CPUs for 2 ms, and within the text each waits for the other: 8 to
-  10 ms of CPU instead of 3, for an answer that is hardly earlier than one thread's. It pays for queries that follow
-  one another; a service that is asked now and then should take edge or throughput ([performance.md](performance.md)).
+  that sleeps through the pause. Until it is awake the first one waits for it, and after the text it stays awake for
+  2 ms: 8 to 10 ms of CPU instead of 3, for an answer that is hardly earlier than one thread's. It pays for queries
+  that follow one another; a service that is asked now and then should take edge or throughput
+  ([performance.md](performance.md)).
 - Row 11 repeats nothing; [cpus.md](cpus.md) says how its figures were made, and what emulation cannot tell.
 - Row 17 was tried again on the CPU without VNNI while others used the machine, which was no measurement: the
   highest rate came out as 2 requests a second, and 12 were answered at ten times that, with a p99 of 1.74 s for

@@ -686,8 +686,8 @@ def bundles(setting: Setting) -> Found:
 @row(
     24,
     "Cheap when idle",
-    "with the profiles edge and latency 1 and 10 texts of 30 tokens a second for 30 seconds in one process, against the "
-    "same texts without a pause; and none",
+    "with the profiles edge and latency 1 and 10 texts of 30 tokens a second for 30 seconds in one process, against "
+    "the same texts without a pause; and none",
     "<= 1.3 times pure compute; < 0.1 % of a CPU at 0",
 )
 def idle(setting: Setting) -> Found:
@@ -697,7 +697,9 @@ def idle(setting: Setting) -> Found:
     rests = [child("idle", setting.model, 0, seconds, profile) for profile in profiles]
     ratios = {name: [_times_pure(one) for one in rows if one["profile"] == name] for name in profiles}
     resting = max(one["cpu_percent"] for one in rests)
-    figure = "; ".join(f"{name} {slow:.2f} times at 1/s, {fast:.2f} at 10/s" for name, (slow, fast) in ratios.items())
+    figure = "; ".join(
+        f"{name} {slow:.2f} times at 1/s, {fast:.2f} at 10/s" for name, (slow, fast) in ratios.items()
+    )
     figure += f"; {resting:g} % of a CPU at rest"
     met = max(map(max, ratios.values())) <= 1.3 and resting < 0.1
     return Found(figure, met, {"rates": [*rests, *rows]})

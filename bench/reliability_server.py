@@ -191,43 +191,60 @@ def _stop_idle(setting: Setting) -> dict[str, Any]:
         return {"exit_s": round(time.monotonic() - start, 2), "code": code}
 
 
+# Of the rates before and after a load, the larger to the smaller: with more the machine was another one.
+STEADY = 1.15
+TRIES = 4
+
+
 @row(
     17,
     "Overload sheds, never collapses",
     "an open loop of 8 texts a request for 60 s at 1, 2 and 10 times the highest rate that 16 clients got before it; "
-    "that rate measured before and after each, as the machine drifts",
+    f"that rate measured before and after each, and the load repeated, up to {TRIES} times in all, where the two "
+    f"differ by more than {STEADY - 1:.0%}",
     "goodput >= 90 % of that rate; p99 accepted <= 1 s + service; p99 of refusals < 50 ms; memory flat (+ 32 MB)",
 )
 def overload(setting: Setting) -> Found:
     seconds = 5.0 if setting.quick else 60.0
     requests = [_body([f"{TEXT}{n}{m}" for m in range(8)]) for n in range(40)]
-    rows: dict[str, Any] = {}
     with running_server("--model", f"bench={setting.model}") as server:
-        peaks = [highest_rate(server, requests)]
-        for factor in (1, 2, 10):
-            before = server.resident()
-            load: Load = run_loop(open_loop(server.address, requests, rate=factor * peaks[-1], seconds=seconds))
-            more = (server.resident() - before) / MEGABYTE
-            time.sleep(2)
-            peaks.append(highest_rate(server, requests))
-            rows[f"{factor}x"] = {
-                **load.summary(),
-                "of_peak": round(load.goodput / statistics.mean(peaks[-2:]), 3),
-                "resident_mb_more": round(more, 1),
-            }
+        rows = {f"{factor}x": _steady_load(server, requests, factor, seconds) for factor in (1, 2, 10)}
         alive = server.process.poll() is None
     ten = rows["10x"]
     shares = [rows[factor]["of_peak"] for factor in ("2x", "10x")]
     refused = ten["refused_p99_ms"] or math.inf
     broken = ten["statuses"].get("0", 0)
     figure = (
-        f"peaks {[round(one) for one in peaks]} requests/s; goodput at 1, 2, 10 times "
-        f"{[one['of_peak'] for one in rows.values()]} of those about it; "
+        f"goodput at 1, 2, 10 times {[one['of_peak'] for one in rows.values()]} of the peak, "
+        f"{[round(sum(one['peaks']) / 2) for one in rows.values()]} requests/s; "
         f"at 10 times p99 accepted {ten['p99_ms']} ms, p99 refused {ten['refused_p99_ms']} ms, "
         f"{broken} without an answer, {ten['resident_mb_more']:+} MB"
     )
     met = alive and min(shares) >= 0.9 and (ten["p99_ms"] or math.inf) <= 1500 and refused < 50
-    return Found(figure, met and ten["resident_mb_more"] <= 32 and not broken, {"peaks": peaks, **rows})
+    return Found(figure, met and ten["resident_mb_more"] <= 32 and not broken, rows)
+
+
+def _steady_load(
+    server: RunningServer, requests: Sequence[bytes], factor: int, seconds: float
+) -> dict[str, Any]:
+    before = highest_rate(server, requests)
+    for tries in range(1, TRIES + 1):
+        resident = server.resident()
+        load: Load = run_loop(open_loop(server.address, requests, rate=factor * before, seconds=seconds))
+        more = (server.resident() - resident) / MEGABYTE
+        time.sleep(2)
+        after = highest_rate(server, requests)
+        found = {
+            **load.summary(),
+            "peaks": [round(before, 1), round(after, 1)],
+            "of_peak": round(load.goodput / statistics.mean((before, after)), 3),
+            "resident_mb_more": round(more, 1),
+            "tries": tries,
+        }
+        if max(before, after) <= STEADY * min(before, after):
+            break
+        before = after
+    return found
 
 
 @row(

@@ -172,25 +172,38 @@ def _open_hnswlib(folder: Path, dim: int) -> Iterator[Search]:
 
 
 def _build_milvus(vectors: Floats, folder: Path) -> None:
-    from pymilvus import MilvusClient
+    """All vectors first and then the graph: with an index there from the start, storing takes ten times as long."""
+    from pymilvus import DataType, MilvusClient
 
     client = MilvusClient(str(folder / "milvus.db"))
-    client.create_collection("kb", dimension=vectors.shape[1], metric_type="IP", auto_id=False)
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+    schema.add_field("id", DataType.INT64, is_primary=True)
+    schema.add_field("vector", DataType.FLOAT_VECTOR, dim=vectors.shape[1])
+    client.create_collection("kb", schema=schema)
     for start in range(0, len(vectors), BLOCK // 10):
         part = vectors[start : start + BLOCK // 10]
         client.insert("kb", [{"id": start + n, "vector": vector} for n, vector in enumerate(np.array(part))])
     client.flush("kb")
+    indexes = client.prepare_index_params()
+    graph = {"M": NEIGHBOURS, "efConstruction": BUILD_WIDTH}
+    indexes.add_index("vector", index_type="HNSW", metric_type="IP", params=graph)
+    client.create_index("kb", indexes)
     client.close()
 
 
 @contextlib.contextmanager
 def _open_milvus(folder: Path, dim: int) -> Iterator[Search]:
-    """What `MilvusClient` gives by default, which has no width to set."""
     from pymilvus import MilvusClient
 
     client = MilvusClient(str(folder / "milvus.db"))
     client.load_collection("kb")
-    yield lambda query, width: [one["id"] for one in client.search("kb", [query.tolist()], limit=K)[0]]
+
+    def search(query: Floats, width: int) -> Sequence[int]:
+        wide = {"metric_type": "IP", "params": {"ef": width}}
+        (found,) = client.search("kb", [query.tolist()], limit=K, search_params=wide)
+        return [one["id"] for one in found]
+
+    yield search
     client.close()
 
 
@@ -200,7 +213,6 @@ CONTENDERS: Mapping[str, Contender] = {
     "hnswlib": Contender("hnswlib", _build_hnswlib, _open_hnswlib),
     "milvus-lite": Contender("milvus_lite", _build_milvus, _open_milvus),
 }
-ONE_WIDTH = {"milvus-lite"}
 
 
 # A process of each.
@@ -243,10 +255,10 @@ def _search(name: str, work: Path, widths: Sequence[int]) -> Iterator[dict[str, 
         opened = time.perf_counter() - start
         search(queries[0], widths[0])
         first = time.perf_counter() - start
-        for width in widths[:1] if name in ONE_WIDTH else widths:
+        for width in widths:
             yield {
                 "contender": name,
-                "width": None if name in ONE_WIDTH else width,
+                "width": width,
                 **_measured(search, queries, answers, width),
                 "open_ms": round(1000 * opened, 2),
                 "open_and_first_ms": round(1000 * first, 2),
