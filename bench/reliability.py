@@ -157,10 +157,11 @@ MIDDLE = """
   that follow one another; a service that is asked now and then should take edge or throughput
   ([performance.md](performance.md)).
 - Row 11 repeats nothing; [cpus.md](cpus.md) says how its figures were made, and what emulation cannot tell.
-- Row 17 was tried again on the CPU without VNNI while others used the machine, which was no measurement: the
-  highest rate came out as 2 requests a second, and 12 were answered at ten times that, with a p99 of 1.74 s for
-  answers (the bar is 1.5 s) and 20 ms for refusals, and 3.5 MB more. It has to be repeated there; the row shows the
-  earlier run, and the server has changed since.
+- Row 17: the machine's speed changes by half from one minute to the next (28 or 43 requests a second at the peak,
+  nothing else running in it), so a load counts only when the peaks before and after it agree; two of the three
+  loads had to be repeated twice. Runs before that rule had, at 10 times, 0.96, 1.29, 0.63 (others were at work in it)
+  and 0.84 of a peak that was measured once or that changed meanwhile. The client, which asks 280 times a second, runs on
+  the same two cores.
 - Row 19 found memory that was kept: 91 MB more after the last swap than after the fifth. A closed model was freed
   only when Python looked for cycles, and glibc kept what lay between blocks in use.
 - Row 18, before: 12 MB more, over the bar of 8, by 200 requests each that 20 clients sent behind one another: all
