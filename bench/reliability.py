@@ -160,8 +160,8 @@ MIDDLE = """
 - Row 17: the machine's speed changes by half from one minute to the next (28 or 43 requests a second at the peak,
   nothing else running in it), so a load counts only when the peaks before and after it agree; two of the three
   loads had to be repeated twice. Runs before that rule had, at 10 times, 0.96, 1.29, 0.63 (others were at work in it)
-  and 0.84 of a peak that was measured once or that changed meanwhile. The client, which asks 280 times a second, runs on
-  the same two cores.
+  and 0.84 of a peak that was measured once or that changed meanwhile. The client, which asks 280 times a second, runs
+  on the same two cores.
 - Row 19 found memory that was kept: 91 MB more after the last swap than after the fifth. A closed model was freed
   only when Python looked for cycles, and glibc kept what lay between blocks in use.
 - Row 18, before: 12 MB more, over the bar of 8, by 200 requests each that 20 clients sent behind one another: all

@@ -445,7 +445,11 @@ def cpu_classes(setting: Setting) -> Found:
         return Found("a CPU could not be emulated", False)
     figure = f"least mean cosine {min(cosines):.5f} on {len(cpus)} emulated CPUs"
     changes = _spearman_changes(rows)
-    figure += f"; Spearman changes by {max(changes):.2f} points at most on {len(changes)} of them" if changes else ""
+    figure += (
+        f"; Spearman changes by {max(changes):.2f} points at most on {len(changes)} of them"
+        if changes
+        else ""
+    )
     return Found(f"{figure}, from docs/cpus.json", min(cosines) >= 0.999 and max(changes, default=0.0) <= 0.2)
 
 
