@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,15 +151,16 @@ def _run_on_ray(options: argparse.Namespace) -> int:
         raise _refused("--ray", "--output FOLDER", repr(options.output), "Name a folder.")
     if options.format not in (None, "jsonl"):
         raise _refused("--format", "jsonl with --ray", options.format, "Leave it out.")
-    done = bulk_embed(
-        options.input,
-        options.output,
-        model=options.model,
-        address=options.ray,
-        workers=options.workers,
-        options=_bulk_options(options),
-        progress=True,
-    )
+    with redirect_stdout(sys.stderr):  # Ray prints there when a worker has died, whatever its logging is set to
+        done = bulk_embed(
+            options.input,
+            options.output,
+            model=options.model,
+            address=options.ray,
+            workers=options.workers,
+            options=_bulk_options(options),
+            progress=True,
+        )
     there = f", {done.skipped:,} of them were there" if done.skipped else ""
     print(f"{done.rows:,} rows in {done.parts:,} part{'s' * (done.parts != 1)} in {done.output}{there}")
     print_report(done.report, read_spec(find_model(options.model)).max_tokens)
