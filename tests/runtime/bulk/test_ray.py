@@ -148,7 +148,17 @@ def test_the_command_reports_bad_rows_and_exits_with_3(on_ray, lines, tiny_model
 
 
 def test_what_ray_says_of_a_dead_worker_is_not_among_the_results(on_ray, lines, tiny_model, tmp_path, capsys):
-    arguments = ["embed", "--model", str(tiny_model), "--ray", "local", "--input", str(lines), "--workers", "2"]
+    arguments = [
+        "embed",
+        "--model",
+        str(tiny_model),
+        "--ray",
+        "local",
+        "--input",
+        str(lines),
+        "--workers",
+        "2",
+    ]
     with killing(tmp_path / "out", lambda block, killed: not killed, times=1) as killed:
         code = main([*arguments, "--output", str(tmp_path / "out"), "--block-mb", "0.03"])
     said = capsys.readouterr()
