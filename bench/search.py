@@ -397,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     count = len(np.load(options.work / "vectors.npy", mmap_mode="r"))
     order = list(CONTENDERS)
     merged = [_middle(rounds) for rounds in found.values()]
-    merged.sort(key=lambda line: (order.index(line["contender"]), line["width"] or 0))
+    merged.sort(key=lambda line: (order.index(line["contender"]), line["width"]))
     lines = [{"vectors": count, **line, **built[line["contender"]]} for line in merged]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (options.work / "results.jsonl").write_text(text, encoding="utf-8")

@@ -151,9 +151,8 @@ def _run_on_ray(options: argparse.Namespace) -> int:
         raise _refused("--ray", "--output FOLDER", repr(options.output), "Name a folder.")
     if options.format not in (None, "jsonl"):
         raise _refused("--format", "jsonl with --ray", options.format, "Leave it out.")
-    with redirect_stdout(
-        sys.stderr
-    ):  # Ray prints there when a worker has died, whatever its logging is set to
+    # Ray prints to standard output when a worker has died, whatever its logging is set to.
+    with redirect_stdout(sys.stderr):
         done = bulk_embed(
             options.input,
             options.output,
