@@ -403,46 +403,77 @@ def _periods(group: str) -> tuple[int, int]:
     return stat["nr_periods"], stat["nr_throttled"]
 
 
-def idle(folder: str, rate: str, seconds: str, profile: str) -> dict[str, Any]:
+IDLE_BLOCK_SECONDS = 5.0
+SETTLED_SECONDS = 0.05  # longer than threads go on looking for work after a run
+
+
+def idle(folder: str, rate: str, seconds: str, profile: str, characters: str) -> dict[str, Any]:
     """Processor time for each request at a rate, against the same requests without a pause; of none: the share used.
+
+    The machine's speed changes within minutes, so the two are measured in turns: a hundred requests without a pause,
+    then five seconds at the rate. What threads use while they wait for more work after a request counts as its cost.
 
     ``awake_ms`` is that of a request after a pause at that rate in which the processor was kept busy with nothing, so
     that it neither slept nor was given to others: what it needs more than one without a pause is memory that was no
     longer in a cache, and no waking.
     """
-    text = "今天天气真好，" * 4
+    text = "今天天气真好，" * (int(characters) // 7)
+    facts = {"rate": float(rate), "profile": profile, "characters": len(text)}
     with Embedder.open(folder, profile=cast("Profile", profile)) as embedder:
+
+        def request() -> None:
+            embedder.embed(text)
+
         for _ in range(20):
-            embedder.embed(text)
-        start = time.process_time()
-        for _ in range(200):
-            embedder.embed(text)
-        pure = 1e3 * (time.process_time() - start) / 200
-        count, length = int(float(rate) * float(seconds)), float(seconds)
-        used, begin = time.process_time(), time.monotonic()
-        for number in range(count):
-            time.sleep(max(0.0, begin + number / float(rate) - time.monotonic()))
-            embedder.embed(text)
-        time.sleep(max(0.0, begin + length - time.monotonic()))
-        used = time.process_time() - used
-        awake = [_after_busy_pause(embedder, text, 1 / float(rate)) for _ in range(min(count, 30))]
+            request()
+        if not float(rate):
+            time.sleep(SETTLED_SECONDS)
+            used = _processor_time(lambda: time.sleep(float(seconds)))
+            return {**facts, "cpu_percent": round(100 * used / float(seconds), 3)}
+        turns = max(1, round(float(seconds) / IDLE_BLOCK_SECONDS))
+        pairs = [_idle_turn(request, float(rate)) for _ in range(turns)]
+        awake = [_after_busy_pause(request, 1 / float(rate)) for _ in range(30)]
+    pure, used = (sum(values) / turns for values in zip(*pairs, strict=True))
     return {
-        "rate": float(rate),
-        "profile": profile,
-        "pure_ms": round(pure, 2),
-        "cpu_ms": round(1e3 * used / count, 2) if count else None,
-        "awake_ms": round(1e3 * sum(awake) / len(awake), 2) if awake else None,
-        "cpu_percent": round(100 * used / length, 3),
+        **facts,
+        "pure_ms": round(1e3 * pure, 2),
+        "cpu_ms": round(1e3 * used, 2),
+        "awake_ms": round(1e3 * sum(awake) / len(awake), 2),
+        "turns_times_pure": [round(slow / fast, 2) for fast, slow in pairs],
     }
 
 
-def _after_busy_pause(embedder: Embedder, text: str, seconds: float) -> float:
+def _idle_turn(request: Callable[[], None], rate: float) -> tuple[float, float]:
+    """Seconds of the processor for one request: of 100 without a pause, and of those of 5 seconds at a rate."""
+    count = round(IDLE_BLOCK_SECONDS * rate)
+
+    def without_a_pause() -> None:
+        for _ in range(100):
+            request()
+
+    def at_the_rate() -> None:
+        begin = time.monotonic()
+        for number in range(1, count + 1):
+            time.sleep(max(0.0, begin + number / rate - time.monotonic()))
+            request()
+        time.sleep(SETTLED_SECONDS)
+
+    pure = _processor_time(without_a_pause) / 100
+    time.sleep(SETTLED_SECONDS)
+    return pure, _processor_time(at_the_rate) / count
+
+
+def _processor_time(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def _after_busy_pause(request: Callable[[], None], seconds: float) -> float:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         pass
-    start = time.process_time()
-    embedder.embed(text)
-    return time.process_time() - start
+    return _processor_time(request)
 
 
 def no_room(folder: str, place: str) -> dict[str, Any]:

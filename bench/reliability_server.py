@@ -17,7 +17,7 @@ import socket
 import statistics
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from qingyu.bench.load import (
 from qingyu.bench.reliability_rows import Found, Setting, row, tests
 from qingyu.bench.serving import highest_rate
 
-__all__ = ["metric"]
+__all__ = ["beside_bad", "metric", "server_errors"]
 
 MEGABYTE = 1_000_000
 TEXT = "今天天气真好，我们去公园散步，然后看电影。" * 6
@@ -262,9 +262,9 @@ def bad_clients(setting: Setting) -> Found:
         run_loop(open_loop(server.address, requests, rate=rate, seconds=2))
         alone = run_loop(open_loop(server.address, requests, rate=rate, seconds=seconds))
         before = server.resident()
-        beside, bad = run_loop(_beside_bad(server, requests, rate, seconds))
+        beside, bad = run_loop(beside_bad(server, requests, rate, seconds))
         more = (server.resident() - before) / MEGABYTE
-        wrong = _server_errors(server)
+        wrong = server_errors(server)
     first, second = 1e3 * alone.percentile(0.99, 200), 1e3 * beside.percentile(0.99, 200)
     lost = len(beside.outcomes) - beside.count(200)
     figure = (
@@ -277,7 +277,8 @@ def bad_clients(setting: Setting) -> Found:
     return Found(figure, steady and more <= 8 and not wrong and not lost, facts)
 
 
-def _server_errors(server: RunningServer) -> float:
+def server_errors(server: RunningServer) -> float:
+    """How many answers had a status of 5xx, refusals of 503 included."""
     text = server.get("/metrics").decode("utf-8")
     return math.fsum(
         float(n) for n in re.findall(r'^qingyu_requests_total\{[^}]*status="5\d\d"[^}]*\} (\S+)$', text, re.M)
@@ -307,27 +308,26 @@ class _Bad:
 
     async def drip(self) -> None:
         """Headers at a byte a second."""
-        _, writer = await asyncio.open_connection(self.host, self.port)
-        for byte in b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n":
-            writer.write(bytes([byte]))
-            await writer.drain()
-            await asyncio.sleep(1)
+        async with self._connection() as (_, writer):
+            for byte in b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n":
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(1)
 
     async def deaf(self) -> None:
         """Requests of large answers, which are never read."""
-        reader, writer = await asyncio.open_connection(self.host, self.port, limit=1)
-        writer.write(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
-        await asyncio.sleep(max(0.0, self.end - time.monotonic()))
-        del reader
+        async with self._connection(limit=1) as (_, writer):
+            writer.write(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
+            await asyncio.sleep(max(0.0, self.end - time.monotonic()))
 
     async def endless(self) -> None:
         """A body of 32 MB in pieces, whose size is not told."""
-        _, writer = await asyncio.open_connection(self.host, self.port)
-        writer.write(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for _ in range(2000):
-            writer.write(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
-            await writer.drain()
-            await asyncio.sleep(0.01)
+        async with self._connection() as (_, writer):
+            writer.write(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for _ in range(2000):
+                writer.write(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.01)
 
     async def broken(self) -> None:
         """Each of the broken requests, again and again; the statuses of the answers are counted."""
@@ -339,19 +339,29 @@ class _Bad:
 
     async def _status(self, request: bytes) -> str:
         try:
-            reader, writer = await asyncio.open_connection(self.host, self.port)
-            writer.write(request)
-            line = await asyncio.wait_for(reader.readline(), 5)
-            writer.close()
+            async with self._connection() as (reader, writer):
+                writer.write(request)
+                line = await asyncio.wait_for(reader.readline(), 5)
         except (OSError, asyncio.TimeoutError) as error:
             return type(error).__name__
         words = line.decode("latin-1").split()
         return words[1] if len(words) > 1 else "closed"
 
+    @contextlib.asynccontextmanager
+    async def _connection(
+        self, *, limit: int = 1 << 16
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await asyncio.open_connection(self.host, self.port, limit=limit)
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()
 
-async def _beside_bad(
+
+async def beside_bad(
     server: RunningServer, requests: Sequence[bytes], rate: float, seconds: float
 ) -> tuple[Load, dict[str, Any]]:
+    """A load beside connections that mean no good; its outcome, and how many those were and how they were answered."""
     bad = _Bad(*_place(server), time.monotonic() + seconds)
     kinds = [*[bad.drip] * 200, *[bad.deaf] * 20, *[bad.endless] * 5, bad.broken]
     running = [asyncio.ensure_future(kind()) for kind in kinds]
@@ -384,7 +394,7 @@ def swaps(setting: Setting) -> Found:
     link.symlink_to("a")
     with running_server("--model", f"bench={link}", "--max-wait", "60") as server:
         found = run_loop(_swapping(server, link, count))
-        wrong = _server_errors(server)
+        wrong = server_errors(server)
         reloads = metric(server, "qingyu_reloads_total")
     shutil.rmtree(place)
     memory = found["resident_mb"]

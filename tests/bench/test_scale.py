@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import math
 from importlib.util import find_spec
 
@@ -35,3 +36,19 @@ def test_steady_rate_counts_what_ends_after_every_worker_s_first_block():
 
     assert steady_rate([(10.0, 50), (11.0, 50), (20.0, 100), (21.0, 120)], workers=2) == 22.0
     assert steady_rate([(10.0, 50)], workers=1) == 0.0
+
+
+def test_processes_without_ray_do_the_same_job(tiny_model, tmp_path):
+    for package in ("ray", "pyarrow", "pandas"):
+        if find_spec(package) is None:  # not importorskip: what ray does is settled when it is imported
+            pytest.skip(f"needs {package}")
+    from qingyu.bench.bulk import measured, without_ray
+
+    rows = [{"id": number, "text": f"今天天气真好{number}"} for number in range(40)]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with without_ray():
+        found = measured(str(path), str(tiny_model), workers=2, block_bytes=512)
+    assert (found["texts"], found["workers"]) == (40, 2)
+    assert found["parts"] > 2
+    assert found["steady_tokens_per_second"] > 0
