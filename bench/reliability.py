@@ -148,14 +148,16 @@ MIDDLE = """
   122 MB are enough ([gateway.md](gateway.md)), and the earlier run kept 128, 192 and 256 MB. Row 22: loading the graph
   instead of mapping a file is what misses both bars; with the edge file an idle machine gave medians of 144 and 153 ms
   ([performance.md](performance.md)).
-- Row 24: a text of 30 tokens after a pause costs the profile edge, one thread, about 1.2 ms more than without one. Of
-  that, most is there too when the processor is kept busy through the pause (`awake_ms` in reliability.json: 3.5 and
-  3.6 ms against 3.7 and 4.0 with sleep and 2.7 to 2.9 without a pause), so it is the weights that left the caches, not
-  waking; longer texts cost as much more in all, so less in proportion. The profile latency has a second thread
-  that sleeps through the pause. Until it is awake the first one waits for it, and after the text it stays awake for
-  2 ms: 8 to 10 ms of CPU instead of 3, for an answer that is hardly earlier than one thread's. It pays for queries
-  that follow one another; a service that is asked now and then should take edge or throughput
-  ([performance.md](performance.md)).
+- Row 24: a text after a pause finds its weights no longer in a cache, and that costs 1 to 1.5 ms of one thread
+  however long the text is: it is there too when the processor is kept busy through the pause (`awake_ms` in
+  reliability.json), so it is not waking. Of 30 tokens, 2.5 to 3 ms without a pause, it is more than the bar allows;
+  of 128, 7 to 8 ms, less. Nothing that we could change brought it down (huge pages did not: 1.6 to 1.9 times with
+  `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, 1.5 to 1.8 without, profile throughput). The 2.21 are two turns of six, of
+  3.2 and 4.2 times, for a reason that was not found; the other four had 1.1 to 1.6, and an earlier run 1.49 in all.
+  The profile latency has a second thread that sleeps through the pause. Until it is awake the first one waits for it,
+  and after the text it goes on looking for work for 2 ms, for an answer that comes no earlier than one thread's
+  ([performance.md](performance.md)). It pays for queries that follow one another; a service that is asked now and
+  then should take edge or throughput.
 - Row 11 repeats nothing; [cpus.md](cpus.md) says how its figures were made, and what emulation cannot tell.
 - Row 17: the machine's speed changes by half from one minute to the next (28 or 43 requests a second at the peak,
   nothing else running in it), so a load counts only when the peaks before and after it agree; two of the three
@@ -174,6 +176,8 @@ MIDDLE = """
 - Where memory runs out while tokenizer.json is read, the Rust library ends the process, and Python cannot catch that.
 - Growth over very many calls is no row: `python -m qingyu.bench.reliability_child leaks MODEL 2000 200000` prints it.
   With the profile edge, six minutes: 24 kB more for each 100 openings, 0.0 for each 100 calls.
+- Nor is a server's over hours: `python -m qingyu.bench.soak --minutes 60` gives it requests of many sizes, wrong ones, bad
+  clients, overload and a reload every minute, and prints what it holds. SOAK
 - Rows that need a cloud, an ARM board, SME or a cgroup v2 were not tried anywhere.
 
 ## Threats
