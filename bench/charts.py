@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,24 @@ def _frontier(pyplot: Any, figures: Figures) -> Any:  # noqa: ANN401
     if not shown:
         return None
     figure, axis = pyplot.subplots(figsize=(7.5, 4.5))
-    for row in shown:
-        name, x = row["contender"], max(loss[row["contender"]], 1e-6)
-        y = row["tokens_per_second"]["median"]
-        axis.scatter(x, y, color=_colour(name), zorder=3)
-        axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    points = sorted(
+        (
+            (row["tokens_per_second"]["median"], max(loss[row["contender"]], 1e-6), row["contender"])
+            for row in shown
+        ),
+        reverse=True,
+    )
+    above: tuple[float, float] | None = None
+    for y, x, names in _together(points, 0.01 * points[0][0]):
+        axis.scatter(x, y, color=_colour(names[0]), zorder=3)
+        # The right half is for FP32, whose labels would leave the chart; one close below another goes below its point.
+        near = above is not None and above[0] - y < 0.06 * points[0][0] and 0.4 < above[1] / x < 2.5
+        side, align = (5, "left") if x > 1e-5 else (-5, "right")
+        place = (side, -10 if near else 4)
+        axis.annotate(
+            ", ".join(names), (x, y), xytext=place, textcoords="offset points", fontsize=8, ha=align
+        )
+        above = (y, x)
     axis.set_xscale("log")
     axis.invert_xaxis()
     axis.set_ylim(bottom=0)
@@ -141,6 +154,23 @@ def _frontier(pyplot: Any, figures: Figures) -> Any:  # noqa: ANN401
     axis.set_ylabel("tokens a second, mixed lengths")
     axis.yaxis.set_major_formatter(_thousands)
     return figure
+
+
+def _together(
+    points: Sequence[tuple[float, float, str]], near: float
+) -> Iterator[tuple[float, float, list[str]]]:
+    """(y, x, names) of points, most first; those that would be drawn over one another are one with several names.
+
+    >>> list(_together([(9.0, 1.0, "a"), (8.9, 1.0, "b"), (3.0, 1.0, "c")], 0.5))
+    [(9.0, 1.0, ['a', 'b']), (3.0, 1.0, ['c'])]
+    """
+    found: list[tuple[float, float, list[str]]] = []
+    for y, x, name in points:
+        if found and found[-1][1] == x and found[-1][0] - y <= near:
+            found[-1][2].append(name)
+        else:
+            found.append((y, x, [name]))
+    yield from found
 
 
 def _latency(pyplot: Any, figures: Figures) -> Any:  # noqa: ANN401

@@ -216,7 +216,7 @@ def overload(setting: Setting) -> Found:
     broken = ten["statuses"].get("0", 0)
     figure = (
         f"goodput at 1, 2, 10 times {[one['of_peak'] for one in rows.values()]} of the peak, "
-        f"{[round(sum(one['peaks']) / 2) for one in rows.values()]} requests/s; "
+        f"{[round(statistics.mean(one['peaks'])) for one in rows.values()]} requests/s; "
         f"at 10 times p99 accepted {ten['p99_ms']} ms, p99 refused {ten['refused_p99_ms']} ms, "
         f"{broken} without an answer, {ten['resident_mb_more']:+} MB"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import doctest
 import json
 import statistics
 from importlib.metadata import version
@@ -307,6 +308,10 @@ def test_a_checkpoint_like_another_has_its_tokenizer_and_sizes(tiny_checkpoint, 
     assert (tmp_path / "made" / "vocab.txt").read_bytes() == (tiny_checkpoint / "vocab.txt").read_bytes()
     config = json.loads((tmp_path / "made" / "config.json").read_text())
     assert config["vocab_size"] < 1000
+
+
+def test_points_that_would_be_drawn_over_one_another_share_a_label():
+    assert doctest.testmod(charts) == (0, 1)
 
 
 def test_the_made_vocabulary_has_the_size_and_no_token_twice():
