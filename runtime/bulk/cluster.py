@@ -23,6 +23,10 @@ from qingyu.runtime.cpu import available_cpus
 __all__ = ["connected", "outcomes", "places"]
 
 CONNECT_SECONDS = 10.0
+# From so many blocks for each worker on, a second one waits at it: Ray Data looks only every 0.1 s for what has ended,
+# and a worker would have nothing to do meanwhile. With fewer, the last block might wait at one worker while another is
+# idle. A block that waits at a worker that dies was not begun, so it counts as no attempt.
+MANY = 8
 # Read when ray is imported. Without the first, Ray reports usage to its makers; the second makes it listen on
 # loopback alone (its name is about the systems where that is the default).
 PRIVATE = {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -126,8 +130,8 @@ def _outcomes(ray: Any, blocks: Sequence[Block], recipe: Recipe, workers: int) -
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     items = [{"block": pickle.dumps(block)} for block in blocks]
-    # A block at a time to each: a second one waiting at a worker that dies would count as tried.
-    pool = ActorPoolStrategy(size=min(workers, len(blocks)), max_tasks_in_flight_per_actor=1)
+    size = min(workers, len(blocks))
+    pool = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2 if len(blocks) >= MANY * size else 1)
     try:
         data = ray.data.from_items(items, override_num_blocks=len(items)).map(
             Worker, fn_constructor_args=(recipe,), num_cpus=recipe.options.threads, compute=pool

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import doctest
+import hashlib
 import json
 import statistics
 from importlib.metadata import version

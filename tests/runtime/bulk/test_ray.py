@@ -101,14 +101,22 @@ def killing(folder, choose, times):
         thread.join()
 
 
-def options(**more):
-    return BulkOptions(keep=("id",), block_bytes=30_000, **more)
+def options(block_bytes=30_000, **more):
+    return BulkOptions(keep=("id",), block_bytes=block_bytes, **more)
 
 
-def test_killed_workers_lose_and_repeat_nothing(on_ray, lines, expected, tiny_model, tmp_path):
+# Few blocks for each worker, and so many that others wait at it.
+FEW_AND_MANY = pytest.mark.parametrize("block_bytes", [30_000, 12_000])
+
+
+@FEW_AND_MANY
+def test_killed_workers_lose_and_repeat_nothing(on_ray, lines, expected, tiny_model, tmp_path, block_bytes):
     """Three workers die, each in the middle of a block of its own."""
     with killing(tmp_path / "out", lambda block, killed: block not in killed, times=3) as killed:
-        done = bulk_embed(str(lines), tmp_path / "out", model=tiny_model, workers=2, options=options())
+        done = bulk_embed(
+            str(lines), tmp_path / "out", model=tiny_model, workers=2, options=options(block_bytes)
+        )
+    assert (done.parts >= 2 * cluster.MANY) == (block_bytes < 30_000)
     assert len({block for block, _ in killed}) == 3
     assert len({process for _, process in killed}) == 3
     done.check()
@@ -116,19 +124,24 @@ def test_killed_workers_lose_and_repeat_nothing(on_ray, lines, expected, tiny_mo
     assert_whole(tmp_path / "out", expected)
 
 
+@FEW_AND_MANY
 def test_a_block_that_every_worker_dies_at_does_not_hold_up_the_others(
-    on_ray, lines, expected, tiny_model, tmp_path
+    on_ray, lines, expected, tiny_model, tmp_path, block_bytes
 ):
     def choose(block, killed):
         return block.endswith("000003")
 
     with killing(tmp_path / "out", choose, times=2) as killed:
-        done = bulk_embed(str(lines), tmp_path / "out", model=tiny_model, options=options(attempts=2))
+        done = bulk_embed(
+            str(lines), tmp_path / "out", model=tiny_model, options=options(block_bytes, attempts=2)
+        )
     assert len(killed) == 2
     assert [block.number for block in done.given_up] == [3]
     with pytest.raises(ClusterError, match="blocks were given up"):
         done.check()
-    again = bulk_embed(str(lines), tmp_path / "out", model=tiny_model, options=options(attempts=2))
+    again = bulk_embed(
+        str(lines), tmp_path / "out", model=tiny_model, options=options(block_bytes, attempts=2)
+    )
     again.check()
     assert again.skipped == done.parts == again.parts - 1
     assert_whole(tmp_path / "out", expected)
