@@ -176,8 +176,8 @@ MIDDLE = """
 - Where memory runs out while tokenizer.json is read, the Rust library ends the process, and Python cannot catch that.
 - Growth over very many calls is no row: `python -m qingyu.bench.reliability_child leaks MODEL 2000 200000` prints it.
   With the profile edge, six minutes: 24 kB more for each 100 openings, 0.0 for each 100 calls.
-- Nor is a server's over hours: `python -m qingyu.bench.soak --minutes 60` gives it requests of many sizes, wrong ones, bad
-  clients, overload and a reload every minute, and prints what it holds. SOAK
+- Nor is a server's over hours: `python -m qingyu.bench.soak --minutes 60` gives it requests of many sizes, wrong ones,
+  bad clients, overload and a reload every minute, and prints what it holds.
 - Rows that need a cloud, an ARM board, SME or a cgroup v2 were not tried anywhere.
 
 ## Threats
