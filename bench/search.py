@@ -188,7 +188,9 @@ def _build_milvus(vectors: Floats, folder: Path) -> None:
     indexes = client.prepare_index_params()
     graph = {"M": NEIGHBOURS, "efConstruction": BUILD_WIDTH}
     indexes.add_index("vector", index_type="HNSW", metric_type="IP", params=graph)
-    client.create_index("kb", indexes, timeout=BUILD_SECONDS)  # without one it asks again meanwhile, and is refused
+    client.create_index(
+        "kb", indexes, timeout=BUILD_SECONDS
+    )  # without one it asks again meanwhile, and is refused
     client.close()
 
 
