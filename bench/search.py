@@ -50,7 +50,6 @@ BUILD_WIDTH = 64
 WIDTHS = (16, 32, 64, 128, 256, 512)
 PER_CLUSTER = 200  # vectors; so that the ten nearest are of the query's own cluster, but not all of it
 SPREAD = 0.8  # length of the noise beside a unit centre: the nearest neighbour has a cosine of about 0.66
-BUILD_SECONDS = 7200
 BLOCK = 10_000
 
 
@@ -188,9 +187,7 @@ def _build_milvus(vectors: Floats, folder: Path) -> None:
     indexes = client.prepare_index_params()
     graph = {"M": NEIGHBOURS, "efConstruction": BUILD_WIDTH}
     indexes.add_index("vector", index_type="HNSW", metric_type="IP", params=graph)
-    client.create_index(
-        "kb", indexes, timeout=BUILD_SECONDS
-    )  # without one it asks again meanwhile, and is refused
+    client.create_index("kb", indexes)
     client.close()
 
 
