@@ -176,12 +176,12 @@ MIDDLE = """
 - Where memory runs out while tokenizer.json is read, the Rust library ends the process, and Python cannot catch that.
 - Growth over very many calls is no row: `python -m qingyu.bench.reliability_child leaks MODEL 2000 200000` prints it.
   With the profile edge, six minutes: 24 kB more for each 100 openings, 0.0 for each 100 calls.
-- Nor is a server's over hours: `python -m qingyu.bench.soak --minutes 60` gives it requests of many sizes, wrong ones,
-  bad clients, overload and a reload every minute, and prints what it holds. With `--minutes 30`, while other programs
-  kept the machine busy: 17,088 answers of 200, 17,952 refusals, 30 reloads, no failure, exit code 0; 14 open files and 6
-  threads after each minute; 149 MB after the first, from the third on 179 to 216, up and down (184 in the third, 196 in
-  the last). By least squares that is 25 MB more in an hour, which half an hour does not tell from chance. Longer ones
-  were not run.
+- Nor is a server's over hours: `python -m qingyu.bench.soak --minutes 60` gives it requests of many sizes, wrong
+  ones, bad clients, overload and a reload every minute, and prints what it holds. With `--minutes 30`, while other
+  programs kept the machine busy: 17,088 answers of 200, 17,952 refusals, 30 reloads, no failure, exit code 0; 14 open
+  files and 6 threads after each minute; 149 MB after the first, from the third on 179 to 216, up and down (184 in the
+  third, 196 in the last). By least squares that is 25 MB more in an hour, which half an hour does not tell from
+  chance. Longer ones were not run.
 - Rows that need a cloud, an ARM board, SME or a cgroup v2 were not tried anywhere.
 
 ## Threats
