@@ -23,8 +23,8 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from qingyu import Embedder
 from qingyu.bench.rounds import ratios_to
+from qingyu.runtime.embedder import Embedder
 from qingyu.runtime.graph_engine import PROFILES
 from qingyu.runtime.task import BUNDLED
 
