@@ -277,12 +277,11 @@ def bad_clients(setting: Setting) -> Found:
     return Found(figure, steady and more <= 8 and not wrong and not lost, facts)
 
 
-def server_errors(server: RunningServer) -> float:
-    """How many answers had a status of 5xx, refusals of 503 included."""
+def server_errors(server: RunningServer, statuses: str = r"5\d\d") -> float:
+    """How many answers had a status of this pattern; without one every 5xx counts, refusals of 503 included."""
+    pattern = rf'^qingyu_requests_total\{{[^}}]*status="{statuses}"[^}}]*\}} (\S+)$'
     text = server.get("/metrics").decode("utf-8")
-    return math.fsum(
-        float(n) for n in re.findall(r'^qingyu_requests_total\{[^}]*status="5\d\d"[^}]*\} (\S+)$', text, re.M)
-    )
+    return math.fsum(float(number) for number in re.findall(pattern, text, re.MULTILINE))
 
 
 BROKEN = (

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ import numpy as np
 import psutil
 
 from qingyu.bench.load import Load, RunningServer, json_request, open_loop, run_loop, running_server
-from qingyu.bench.reliability_server import MEGABYTE, beside_bad, metric
+from qingyu.bench.reliability_server import MEGABYTE, beside_bad, metric, server_errors
 from qingyu.bench.serving import highest_rate
 from qingyu.runtime.progress import progress_bar
 from qingyu.runtime.task import BUNDLED, find_model
@@ -35,6 +34,7 @@ __all__ = ["growth", "main", "minutes", "mixed_requests"]
 # Shares of a minute: at half the highest rate, beside bad clients, at three times the highest rate, alone.
 WORK, BAD, OVER, REST = 0.5, 0.2, 0.2, 0.05
 RELOAD_SECONDS = 20.0
+NOT_REFUSED = r"5(?!03)\d\d"  # statuses of failures
 HELD = ("resident_mb", "open_files", "threads")
 TEXT = "今天天气真好，我们去公园散步，然后看电影。"
 
@@ -83,7 +83,7 @@ def minutes(server: RunningServer, *, count: int, seconds: float = 60.0) -> Iter
             "answers": _statuses(loads),
             "bad_clients": bad["statuses"],
             "reloaded": reloaded,
-            "failures": _failures(server),
+            "failures": int(server_errors(server, NOT_REFUSED)),
         }
 
 
@@ -107,12 +107,6 @@ def _held(server: RunningServer) -> dict[str, float]:
 def _statuses(loads: Sequence[Load]) -> dict[str, int]:
     counts = Counter(one.status for load in loads for one in load.outcomes)
     return {str(status): counts[status] for status in sorted(counts)}
-
-
-def _failures(server: RunningServer) -> int:
-    """Answers of 5xx that are no refusals, since the server began."""
-    pattern = r'^qingyu_requests_total\{[^}]*status="5(?!03)\d\d"[^}]*\} (\S+)$'
-    return int(sum(map(float, re.findall(pattern, server.get("/metrics").decode("utf-8"), re.MULTILINE))))
 
 
 def growth(values: Sequence[float]) -> float:
